@@ -1,0 +1,7 @@
+"""``ksr study``."""
+
+import typer
+
+
+def register(app: typer.Typer) -> None:  # noqa: ARG001 - filled when the command lands
+    """Add the command to the console script."""
