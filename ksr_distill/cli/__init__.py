@@ -6,11 +6,16 @@ import typer
 
 app = typer.Typer(
     name="ksr",
-    help="Distil few-step super-resolution models, and enlarge pictures with them.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+@app.callback()
+def ksr() -> None:
+    """Distil few-step super-resolution models, and enlarge pictures with them."""
+
 
 # One module a command group; each has `register(app)` and imports nothing heavy at its top.
 COMMAND_MODULES = ("shards", "convert", "export", "upscale", "study", "doctor")

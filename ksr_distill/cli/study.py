@@ -3,5 +3,5 @@
 import typer
 
 
-def register(app: typer.Typer) -> None:  # noqa: ARG001 - filled when the command lands
+def register(app: typer.Typer) -> None:
     """Add the command to the console script."""
