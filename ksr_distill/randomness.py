@@ -29,8 +29,8 @@ def generator_for(*entropy: int, device: torch.device | str = "cpu") -> torch.Ge
     """Return a generator that depends on these integers alone, whatever was drawn before.
 
     Args:
-        entropy: Non-negative integers, e.g. (seed, Stream.TURN, update, micro_batch). All bits count
-            (numpy's SeedSequence mixes them), so neighbouring updates share nothing.
+        entropy: Non-negative integers, e.g. (seed, Stream.TURN, update, micro_batch). All bits
+            count (numpy's SeedSequence mixes them), so neighbouring updates share nothing.
         device: Where the draws are made. CPU and CUDA give different numbers for one seed.
     """
     seed = int(np.random.SeedSequence(list(entropy)).generate_state(1, np.uint64)[0] >> 1)

@@ -7,9 +7,9 @@ t  integer timestep           k  critic levels
 Images are RGB in [-1, 1], channels first, unless a name ends with ``uint8``.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -23,3 +23,28 @@ class Batch(NamedTuple):
 
     hires: Float[Tensor, "b 3 H W"]
     lowres: Float[Tensor, "b 3 h w"]
+
+
+class Denoiser(Protocol):
+    """What a sampler needs of a network: an estimate of the clean image."""
+
+    def __call__(
+        self,
+        x_t: Float[Tensor, "b 3 H W"],
+        t: Int[Tensor, " b"],
+        lowres: Float[Tensor, "b 3 h w"],
+    ) -> Float[Tensor, "b 3 H W"]:
+        """Return pred_x_0."""
+        ...
+
+
+class NoiseSource(Protocol):
+    """What a sampler needs of randomness: the i-th draw of standard normal noise.
+
+    A function of the index rather than a generator, so that tiles can cut their noise out of one
+    picture-wide field, and so that golden vectors can be fed in.
+    """
+
+    def __call__(self, draw: int) -> Float[Tensor, "b c H W"]:
+        """Return the noise of draw 0, 1, 2, …; the same index gives the same noise."""
+        ...

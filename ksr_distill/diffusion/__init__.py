@@ -1,0 +1,15 @@
+"""Schedules and samplers: how noise is added, and how it is taken away in few steps or many."""
+
+from ksr_distill.diffusion.few_step import noise_from, sample_few_steps, student_timesteps
+from ksr_distill.diffusion.schedule import NoiseSchedule
+from ksr_distill.diffusion.teacher_sampling import sample_teacher, sample_teacher_ddim, window_views
+
+__all__ = [
+    "NoiseSchedule",
+    "noise_from",
+    "sample_few_steps",
+    "sample_teacher",
+    "sample_teacher_ddim",
+    "student_timesteps",
+    "window_views",
+]

@@ -1,0 +1,69 @@
+"""The one few-step sampling loop: training's roll-outs, previews, evaluation and the pipeline."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ksr_distill.diffusion.schedule import NoiseSchedule
+from ksr_distill.types import Denoiser, NoiseSource
+
+FIRST_STUDENT_TIMESTEP = 979
+"""Where the released student starts (KandiSuperRes, ``diffusion_sr_turbo``)."""
+
+
+def student_timesteps(num_inference_steps: int) -> tuple[int, ...]:
+    """Return t_i = 979 - ⌊i·1000/n⌋; for n = 4 the released (979, 729, 479, 229)."""
+    if not 1 <= num_inference_steps <= FIRST_STUDENT_TIMESTEP:
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps} is outside 1…{FIRST_STUDENT_TIMESTEP}; "
+            "students are trained for 1, 2, 4 or 8"
+        )
+    return tuple(
+        FIRST_STUDENT_TIMESTEP - i * 1000 // num_inference_steps for i in range(num_inference_steps)
+    )
+
+
+def noise_from(
+    generator: torch.Generator, shape: Sequence[int], *, device: torch.device | str
+) -> NoiseSource:
+    """Return a source that draws from the generator in the order in which it is asked.
+
+    Shapes are explicit because ``randn_like`` follows the memory format: the same seed would give
+    other noise under channels_last.
+    """
+
+    def draw_noise(draw: int) -> Tensor:  # noqa: ARG001 - the generator's own order decides
+        return torch.randn(tuple(shape), generator=generator, device=generator.device).to(device)
+
+    return draw_noise
+
+
+def sample_few_steps(
+    denoise: Denoiser,
+    lowres: Float[Tensor, "b 3 h w"],
+    *,
+    timesteps: Sequence[int],
+    schedule: NoiseSchedule,
+    draw_noise: NoiseSource,
+    on_step: Callable[[int, int, Tensor], None] | None = None,
+) -> Float[Tensor, "b 3 H W"]:
+    """Return pred_x_0 after the last of a few steps: re-noise, estimate, repeat.
+
+    x̂ ← N(0, I); for each t: x_t = a_t·x̂ + s_t·ε with fresh ε, x̂ = G(x_t, t, lowres). There is no
+    clamp between the steps (KandiSuperRes, ``diffusion_sr_turbo``).
+
+    Args:
+        draw_noise: Draw 0 is the start, draw i + 1 is the noise of step i; its shape is the
+            output's.
+        on_step: Called with (step index, t, pred_x_0) after each step.
+    """
+    pred_x_0 = draw_noise(0)
+    for i, timestep in enumerate(timesteps):
+        t = torch.full((pred_x_0.shape[0],), timestep, device=pred_x_0.device)
+        x_t = schedule.add_noise(pred_x_0, draw_noise(i + 1), t)
+        pred_x_0 = denoise(x_t, t, lowres).float()
+        if on_step is not None:
+            on_step(i, timestep, pred_x_0)
+    return pred_x_0

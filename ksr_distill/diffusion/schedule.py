@@ -1,0 +1,81 @@
+"""The noise schedules of the released models."""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def linear_betas(num_train_timesteps: int) -> Float[Tensor, " t"]:
+    """Return the super-resolution models' betas, 1e-4 → 0.02 (DDPM, arXiv:2006.11239, §4)."""
+    return torch.linspace(1e-4, 0.02, num_train_timesteps, dtype=torch.float64)
+
+
+def cosine_betas(num_train_timesteps: int) -> Float[Tensor, " t"]:
+    """Return the refiner's betas, capped at 0.999 (arXiv:2102.09672, eq. 17 with s = 0.008)."""
+
+    def alpha_bar(u: float) -> float:
+        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    n = num_train_timesteps
+    betas = [min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), 0.999) for i in range(n)]
+    return torch.tensor(betas, dtype=torch.float64)
+
+
+class NoiseSchedule:
+    """ᾱ_t in double precision, handed out as float32 factors that broadcast over images.
+
+    Args:
+        kind: ``linear`` for the super-resolution U-Nets, ``cosine`` for the latent refiner.
+    """
+
+    def __init__(
+        self, kind: Literal["linear", "cosine"] = "linear", *, num_train_timesteps: int = 1000
+    ) -> None:
+        if kind not in ("linear", "cosine"):
+            raise ValueError(f"diffusion.kind={kind!r} is no noise schedule; use linear or cosine")
+        betas = {"linear": linear_betas, "cosine": cosine_betas}[kind](num_train_timesteps)
+        self.kind = kind
+        self.num_train_timesteps = num_train_timesteps
+        self.betas = betas
+        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        self._factors: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def signal(self, t: Int[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]:
+        """Return a_t = √ᾱ_t, in float32, on t's device."""
+        return self._on(t.device)[0][t][:, None, None, None]
+
+    def noise(self, t: Int[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]:
+        """Return s_t = √(1 - ᾱ_t), in float32, on t's device."""
+        return self._on(t.device)[1][t][:, None, None, None]
+
+    def add_noise(
+        self,
+        x_0: Float[Tensor, "b c h w"],
+        eps: Float[Tensor, "b c h w"],
+        t: Int[Tensor, " b"],
+    ) -> Float[Tensor, "b c h w"]:
+        """Draw x_t from q(x_t | x_0) = a_t·x_0 + s_t·eps (DDPM, arXiv:2006.11239, eq. 4).
+
+        Args:
+            t: Timesteps in [0, num_train_timesteps); larger is noisier. May differ in the batch.
+        """
+        return self.signal(t) * x_0 + self.noise(t) * eps
+
+    def log_snr(self) -> Float[Tensor, " t"]:
+        """Return log(ᾱ_t / (1 - ᾱ_t)) of every timestep; it falls from about 9 to -10."""
+        return torch.log(self.alphas_cumprod) - torch.log1p(-self.alphas_cumprod)
+
+    def timestep_of_log_snr(self, log_snr: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
+        """Return, for each log-SNR, the first timestep that is at least as noisy."""
+        falling = self.log_snr().to(log_snr)
+        t = torch.searchsorted(-falling, -log_snr)
+        return t.clamp(max=self.num_train_timesteps - 1)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._factors:
+            factors = (self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt())
+            self._factors[device] = (factors[0].float().to(device), factors[1].float().to(device))
+        return self._factors[device]
