@@ -1,0 +1,1 @@
+"""Numbers and pictures that say whether one upscaler is better than another."""

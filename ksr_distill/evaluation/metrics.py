@@ -1,0 +1,187 @@
+"""Measures of one image against its original, on batches and on the device of the tensors.
+
+Each returns one value per image and reads no tensor on the host, so the training monitors can call
+them. They measure what they are given: `as_saved` first, where a saved picture is meant.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+# MATLAB's rgb2ycbcr (BT.601): Y = 16 + 65.481 R + 128.553 G + 24.966 B with RGB in [0, 1].
+LUMA_WEIGHTS = (65.481, 128.553, 24.966)
+LUMA_OFFSET = 16.0
+# Equal images get this instead of infinity: means and intervals stay numbers.
+MAX_PSNR_DB = 100.0
+
+CHECKERBOARD_PERIODS_PX = (2, 4, 8)
+# In a Hann window of 32 px a period of 2, 4 or 8 px falls on a bin and leaks nothing two bins away,
+# half-way to the next line of the period of 8.
+CHECKERBOARD_TILE_PX = 32
+_EULER_GAMMA = 0.5772156649
+
+
+def as_saved(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
+    """Return the images as an 8-bit file would keep them: clamped to [-1, 1], 256 values."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+def luma(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 1 H W"]:
+    """Return Y of BT.601 as MATLAB's rgb2ycbcr gives it for doubles: black 16, white 235."""
+    channels = ((images.float() + 1) / 2).unbind(dim=1)
+    y = sum(weight * channel for weight, channel in zip(LUMA_WEIGHTS, channels, strict=True))
+    return LUMA_OFFSET + y.unsqueeze(1)
+
+
+def crop_border(images: Float[Tensor, "b c H W"], border_px: int) -> Float[Tensor, "b c H2 W2"]:
+    """Return the images without `border_px` pixels at each side.
+
+    Raises:
+        ValueError: If nothing would be left.
+    """
+    height, width = images.shape[-2:]
+    if not 0 <= 2 * border_px < min(height, width):
+        raise ValueError(
+            f"border_px={border_px} leaves nothing of {width}x{height} px; "
+            "use less than half a side"
+        )
+    return images[..., border_px : height - border_px, border_px : width - border_px]
+
+
+def psnr(
+    images: Float[Tensor, "b c H W"], originals: Float[Tensor, "b c H W"], *, peak: float
+) -> Float[Tensor, " b"]:
+    """Return the PSNR in dB per image over all channels; `MAX_PSNR_DB` at most.
+
+    Args:
+        peak: The distance from black to white in the tensors' unit (255 for Y, 2 for [-1, 1]).
+    """
+    mse = (images.float() - originals.float()).square().mean(dim=(1, 2, 3)) / peak**2
+    return -10 * mse.clamp_min(10 ** (-MAX_PSNR_DB / 10)).log10()
+
+
+def psnr_y(
+    images: Float[Tensor, "b 3 H W"], hires: Float[Tensor, "b 3 H W"], *, border_px: int
+) -> Float[Tensor, " b"]:
+    """Return the PSNR in dB of the Y channel with peak 255, as super-resolution papers give it.
+
+    Args:
+        border_px: Cropped at each side before measuring; by custom the upscaling factor.
+    """
+    cropped = crop_border(luma(images), border_px), crop_border(luma(hires), border_px)
+    return psnr(*cropped, peak=255.0)
+
+
+def lowres_consistency_psnr(
+    images: Float[Tensor, "b 3 H W"], hires: Float[Tensor, "b 3 H W"], *, scale: int
+) -> Float[Tensor, " b"]:
+    """Return the PSNR in dB (RGB, no border cropped) after shrinking both by area.
+
+    It says whether the image still means its lowres. Area, whatever the degradation was: the same
+    operator A as in the student's lowres-consistency loss. A rest of less than `scale` pixels at
+    the right and the bottom is left out.
+    """
+    return psnr(F.avg_pool2d(images, scale), F.avg_pool2d(hires, scale), peak=2.0)
+
+
+def top_octave_power_ratio(
+    images: Float[Tensor, "b 3 H W"], hires: Float[Tensor, "b 3 H W"]
+) -> Float[Tensor, " b"]:
+    """Return the image's power in the highest octave over the original's; the target is 1.
+
+    The power of the Y channel's 2-D spectrum where max(|f_y|, |f_x|) > 0.25 cycles per pixel, whole
+    image, no window. Below 1 is blur, above 1 invented or ringing detail.
+    """
+    f_y = torch.fft.fftfreq(hires.shape[-2], device=hires.device).abs()[:, None]
+    f_x = torch.fft.fftfreq(hires.shape[-1], device=hires.device).abs()[None, :]
+    top_octave = (torch.maximum(f_y, f_x) > 0.25).float()
+    ours, theirs = (
+        (torch.fft.fft2(luma(x)).abs().square() * top_octave).sum(dim=(1, 2, 3))
+        for x in (images, hires)
+    )
+    return ours / theirs.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def checkerboard_peaks(
+    images: Float[Tensor, "b 3 H W"], hires: Float[Tensor, "b 3 H W"]
+) -> Float[Tensor, "b 3"]:
+    """Return how far patterns of 2, 4 and 8 px stand out in the image; 1 is as in the original.
+
+    Strided and transposed convolutions leave patterns of these periods. The frequencies of a period
+    p are (i/p, j/p); those of a shorter period here belong to that one, and (0, 0) to none: 3, 12
+    and 48 of them. The value is the largest over them of the image's `spectral_prominence` divided
+    by the original's. Above 2, a pattern is twice its surroundings. Measured on Set5/Set14: nearest
+    gives 7 at 2 px; bicubic 1.7 at 8 px, for its spectrum bends steeply there.
+    """
+    relative = spectral_prominence(images) / spectral_prominence(hires)
+    bins = torch.arange(CHECKERBOARD_TILE_PX, device=images.device)
+
+    def lattice(period_px: int) -> Bool[Tensor, "f_y f_x"]:
+        on_a_line = bins % (CHECKERBOARD_TILE_PX // period_px) == 0
+        return on_a_line[:, None] & on_a_line[None, :]
+
+    peaks = [
+        (relative * (lattice(period) & ~lattice(period // 2))).amax(dim=(-2, -1))
+        for period in CHECKERBOARD_PERIODS_PX
+    ]
+    return torch.stack(peaks, dim=1)
+
+
+def spectral_prominence(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b f_y f_x"]:
+    """Return the power at each frequency over that of its neighbours; 1 in white noise.
+
+    1. The image is cut into tiles of 32 px, half overlapping, each freed of its mean and weighted
+       by a Hann window; P is its power spectrum summed over R, G and B: coloured patterns count.
+    2. Each bin of P is divided by the geometric mean of its 16 neighbours at Chebyshev distance 2,
+       times exp(gamma), the geometric mean's deficit in white noise. Geometric, because a smooth
+       gain such as blur then cancels. The power of 8-bit rounding is added to both, so a flat tile
+       gives 1 and not 0/0.
+    3. The mean over the tiles, and over mirrored and transposed frequencies. Every tile counts
+       alike: a faint pattern in a dark smooth corner is seen, which would drown in the spectrum of
+       the whole image.
+
+    Raises:
+        ValueError: If a side is shorter than a tile.
+    """
+    tile = CHECKERBOARD_TILE_PX
+    if min(images.shape[-2:]) < tile:
+        raise ValueError(
+            f"images of {images.shape[-1]}x{images.shape[-2]} px are too small to look for "
+            f"checkerboards; give at least {tile} px a side"
+        )
+    window = torch.hann_window(tile, device=images.device)
+    window = window[:, None] * window[None, :]
+    tiles = images.float().unfold(2, tile, tile // 2).unfold(3, tile, tile // 2)
+    tiles = (tiles - tiles.mean(dim=(-2, -1), keepdim=True)) * window
+    power = torch.fft.fft2(tiles).abs().square().sum(dim=1).flatten(1, 2)
+    rounding_power = 3 * window.square().sum() * (2 / 255) ** 2 / 12
+    ring = [(y, x) for y in range(-2, 3) for x in range(-2, 3) if max(abs(y), abs(x)) == 2]
+    log_power = (power + rounding_power * 1e-3).log()  # finite where a tile is flat
+    neighbours = sum(log_power.roll(shift, dims=(-2, -1)) for shift in ring) / len(ring)
+    neighbours = neighbours.exp() * math.exp(_EULER_GAMMA)
+    prominence = ((power + rounding_power) / (neighbours + rounding_power)).mean(dim=1)
+    mirrored = prominence.flip(-1).roll(1, dims=-1)
+    prominence = (prominence + mirrored) / 2
+    return (prominence + prominence.mT) / 2
+
+
+def share_out_of_range(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " b"]:
+    """Return which share of the values lies outside [-1, 1]; saving clips them."""
+    return (images.abs() > 1).float().mean(dim=(1, 2, 3))
+
+
+def channel_mean_drift(
+    images: Float[Tensor, "b 3 H W"], hires: Float[Tensor, "b 3 H W"]
+) -> Float[Tensor, "b 3"]:
+    """Return mean(image) - mean(original) of R, G and B, in units of the range [-1, 1]."""
+    return images.float().mean(dim=(2, 3)) - hires.float().mean(dim=(2, 3))
+
+
+def channel_std_drift(
+    images: Float[Tensor, "b 3 H W"], hires: Float[Tensor, "b 3 H W"]
+) -> Float[Tensor, "b 3"]:
+    """Return std(image) - std(original) of R, G and B, in units of the range [-1, 1]."""
+    return images.float().std(dim=(2, 3)) - hires.float().std(dim=(2, 3))
