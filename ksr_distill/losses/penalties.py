@@ -1,0 +1,71 @@
+"""What keeps the critic's slope finite. All three penalise the heads, never the trunk."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Heads = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
+
+
+def r1_head_penalty(scores: Sequence[Tensor], features: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Return the mean over levels, batch and places of ‖∂ΣD_k / ∂n_k(real)‖²_C.
+
+    ADD's R1 on the heads' inputs (arXiv:2311.17042, §3.2). A mean over places, so that γ does not
+    depend on the crop; double backward runs through the heads alone.
+
+    Args:
+        scores: The heads' maps of the real features.
+        features: The heads' inputs, detached from the trunk, with ``requires_grad``.
+    """
+    total = torch.stack([level.sum() for level in scores]).sum()
+    slopes = torch.autograd.grad(total, list(features), create_graph=True)
+    return torch.stack([slope.float().square().sum(dim=1).mean() for slope in slopes]).mean()
+
+
+def wgan_gp_head_penalty(
+    heads: Heads,
+    real: Sequence[Tensor],
+    fake: Sequence[Tensor],
+    t: Tensor,
+    *,
+    generator: torch.Generator,
+) -> Float[Tensor, ""]:
+    """Return the mean over levels and samples of (‖∂D_k / ∂ñ_k‖ - 1)² (arXiv:1704.00028, eq. 3).
+
+    ñ_k lies between n_k(real) and n_k(fake): legitimate, because both live in one frozen feature
+    space. D_k here is the sum over places divided by their square root, so that a slope of one a
+    place counts as one whatever the crop.
+
+    Args:
+        generator: Draws one mixing weight a sample.
+    """
+    batch = real[0].shape[0]
+    u = torch.rand(batch, 1, 1, 1, generator=generator, device=generator.device).to(real[0].device)
+    mixed = [
+        torch.lerp(a.detach().float(), b.detach().float(), u).requires_grad_()
+        for a, b in zip(fake, real, strict=True)
+    ]
+    levels = heads(mixed, t)
+    total = torch.stack([level.sum() / level[0].numel() ** 0.5 for level in levels]).sum()
+    slopes = torch.autograd.grad(total, mixed, create_graph=True)
+    norms = [slope.flatten(1).norm(dim=1) for slope in slopes]
+    return torch.stack([(norm - 1).square().mean() for norm in norms]).mean()
+
+
+def approximate_r1_penalty(
+    scores: Sequence[Tensor], perturbed: Sequence[Tensor]
+) -> Float[Tensor, ""]:
+    """Return E[(D(real) - D(real + σξ))²] (APT, arXiv:2501.08316, eq. 2); no double backward.
+
+    Both sets of scores must see the same timestep and the same noise, or the penalty measures
+    those instead.
+    """
+    return mean_square_difference(scores, perturbed)
+
+
+def mean_square_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Return the mean over levels of the mean squared difference."""
+    pairs = zip(a, b, strict=True)
+    return torch.stack([(x.float() - y.float()).square().mean() for x, y in pairs]).mean()
