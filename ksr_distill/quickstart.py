@@ -1,0 +1,1 @@
+"""Run the whole path on real photos."""
