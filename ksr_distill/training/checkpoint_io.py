@@ -1,0 +1,300 @@
+"""Checkpoint files that are either whole or not there, and say so with a checksum.
+
+A checkpoint is a pair: ``update-000001000.ckpt`` and its manifest, ``update-000001000.ckpt.json``.
+Both are written under a temporary name beside the target, flushed to the disk and moved; first the
+manifest, so every ``.ckpt`` that can be seen has one. One flipped bit is loaded silently by
+``torch.load`` (195 of 200, docs/reliability.md), hence the sha256.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+TEMPORARY = ".tmp"
+MANIFEST = ".json"
+
+
+class _HashingWriter:
+    """A file that knows the sha256 of what was written, so that a save reads nothing back."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def manifest_path(path: Path) -> Path:
+    """Return where the manifest of a checkpoint lies."""
+    return path.with_name(path.name + MANIFEST)
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: Path, facts: dict[str, Any]) -> None:
+    """Write a checkpoint and its manifest; a reader sees the whole pair or nothing.
+
+    Args:
+        checkpoint: Tensors and plain Python values only: it has to load with weights_only=True.
+        path: Where it goes. A file of that name is replaced.
+        facts: Goes into the manifest beside the checksum, e.g. the update and the metrics.
+
+    Raises:
+        OSError: When the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    manifest = manifest_path(path)
+    manifest_temporary = manifest.with_name(manifest.name + TEMPORARY)
+    try:
+        with temporary.open("wb") as file:
+            writer = _HashingWriter(file)
+            torch.save(checkpoint, cast(IO[bytes], writer))
+            num_bytes = file.tell()
+        _flush_to_disk(temporary)
+        summary = {"sha256": writer.sha256.hexdigest(), "bytes": num_bytes, **facts}
+        manifest_temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        _flush_to_disk(manifest_temporary)
+        path.unlink(
+            missing_ok=True
+        )  # between the two moves no old file may stand under the new manifest
+        manifest_temporary.replace(manifest)
+        temporary.replace(path)
+        _flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+        manifest_temporary.unlink(missing_ok=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return what the manifest of a checkpoint says.
+
+    Raises:
+        ValueError: When it is missing or damaged.
+    """
+    manifest = manifest_path(path)
+    try:
+        facts = json.loads(manifest.read_text())
+        return {**facts, "sha256": str(facts["sha256"]), "bytes": int(facts["bytes"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{manifest}: no readable manifest ({type(error).__name__}), so {path.name} cannot be "
+            "checked; copy checkpoints together with their .json, or use another checkpoint"
+        ) from error
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Return the manifest of a checkpoint after checking every byte against it.
+
+    Raises:
+        ValueError: When size or checksum differ, or the manifest is missing.
+    """
+    facts = read_manifest(path)
+    num_bytes = path.stat().st_size
+    if num_bytes != facts["bytes"]:
+        raise ValueError(
+            f"{path}: {num_bytes} bytes, its manifest says {facts['bytes']}: the file is cut off; "
+            "use another checkpoint"
+        )
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != facts["sha256"]:
+        raise ValueError(
+            f"{path}: sha256 {found[:12]}…, its manifest says {facts['sha256'][:12]}…: the file is "
+            "damaged; use another checkpoint"
+        )
+    return facts
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a checkpoint on the CPU, checked against its manifest; no code in it can run.
+
+    Raises:
+        FileNotFoundError: When there is no such file; URLs are not read.
+        ValueError: When the file is damaged or holds anything but tensors and plain values.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such checkpoint; give a local file (URLs are not read)"
+        )
+    path = path.resolve()  # `last.ckpt` is a link; the manifest lies beside the file
+    verify_checkpoint(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: refused ({str(error).splitlines()[0]}): a checkpoint may hold tensors and "
+            "plain values only, for pickled code would run; use one that train.py wrote"
+        ) from error
+
+
+def copy_to_host(tree: Any, buffers: dict[str, Tensor], key: str = "") -> Any:
+    """Return the same tree with its tensors copied to host memory: what a background write may use.
+
+    Args:
+        tree: Nested dicts, lists and tuples of tensors and plain values.
+        buffers: Pinned copies of earlier saves, used again: pinning 8 GB anew takes seconds.
+        key: Where in the tree this is.
+    """
+    if isinstance(tree, Tensor):
+        if tree.device.type == "cpu":
+            return tree.detach().clone()
+        host = buffers.get(key)
+        if host is None or host.shape != tree.shape or host.dtype != tree.dtype:
+            host = buffers[key] = torch.empty_like(tree, device="cpu", pin_memory=True)
+        return host.copy_(tree.detach(), non_blocking=True)
+    if isinstance(tree, dict):
+        copies = ((k, copy_to_host(v, buffers, f"{key}/{k}")) for k, v in tree.items())
+        return type(tree)(copies)
+    if isinstance(tree, list | tuple):
+        return type(tree)(copy_to_host(v, buffers, f"{key}/{i}") for i, v in enumerate(tree))
+    return tree
+
+
+def _num_bytes(tree: Any) -> int:
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    if isinstance(tree, dict):
+        return sum(map(_num_bytes, tree.values()))
+    return sum(map(_num_bytes, tree)) if isinstance(tree, list | tuple) else 0
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's reader and writer of checkpoints: whole files, checksums, no pickled code.
+
+    A save that fails for the disk's sake is logged and remembered in ``failure``; training goes on
+    and the earlier checkpoints stay.
+    """
+
+    def __init__(self, *, background_above_mb: float) -> None:
+        """Make the reader and writer.
+
+        Args:
+            background_above_mb: Larger checkpoints are copied, and written by a thread.
+        """
+        self.background_above_mb = background_above_mb
+        self.failure: str | None = None
+        self.expected_model: nn.Module | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        path: str | os.PathLike[str],
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        """Write a checkpoint; ``storage_options`` are the facts that its manifest will hold."""
+        self.wait()
+        target, facts = Path(path), storage_options or {}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if _num_bytes(checkpoint) < self.background_above_mb * 1e6:
+            self._write(checkpoint, target, facts)
+            return
+        copy = copy_to_host(checkpoint, self._buffers)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._pending = self._writer.submit(self._write, copy, target, facts)
+
+    def _write(self, checkpoint: dict[str, Any], path: Path, facts: dict[str, Any]) -> None:
+        try:
+            write_checkpoint(checkpoint, path, facts)
+        except (OSError, RuntimeError) as error:  # torch's zip writer may turn one into the other
+            self.failure = " ".join(str(error).split())
+            log.error(
+                "checkpoint %s was not written (%s); the earlier ones are kept, training goes on: "
+                "free space in %s, or lower callbacks.checkpoint.keep_last and keep_best",
+                path.name,
+                self.failure,
+                path.parent,
+            )
+        else:
+            self.failure = None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether the thread still writes."""
+        return self._pending is not None and not self._pending.done()
+
+    def wait(self) -> None:
+        """Return when everything handed over is on the disk, or has failed."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any = None,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Return a checkpoint after checking its bytes, its contents and that it fits the model."""
+        if weights_only is False or map_location not in (None, "cpu"):
+            raise ValueError(
+                f"{path}: weights_only={weights_only}, map_location={map_location}: checkpoints "
+                "are read to the CPU with weights_only=True alone; leave both arguments out"
+            )
+        checkpoint = read_checkpoint(Path(path))
+        if self.expected_model is not None:
+            refuse_another_model(checkpoint["state_dict"], self.expected_model, path)
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        """Remove a checkpoint, then its manifest."""
+        Path(path).unlink(missing_ok=True)
+        manifest_path(Path(path)).unlink(missing_ok=True)
+
+    def teardown(self) -> None:
+        """Finish what is being written."""
+        self.wait()
+
+
+def refuse_another_model(
+    saved: dict[str, Any], model: nn.Module, path: str | os.PathLike[str]
+) -> None:
+    """Check that a checkpoint was made from a model of these names and shapes.
+
+    Raises:
+        ValueError: Names the first keys that differ, on each side.
+    """
+    here = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    there = {name: tuple(value.shape) for name, value in saved.items()}
+    missing, unknown = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
+    reshaped = [
+        f"{name} {there[name]} instead of {here[name]}"
+        for name in sorted(here.keys() & there.keys())
+        if here[name] != there[name]
+    ]
+    differences = {"missing": missing, "unknown": unknown, "of another shape": reshaped}
+    told = [
+        f"{len(keys)} {kind}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
+        for kind, keys in differences.items()
+        if keys
+    ]
+    if told:
+        raise ValueError(
+            f"{path} is a checkpoint of another model ({'; '.join(told)}): use the configuration "
+            "it was trained with, or another name= for a new run"
+        )

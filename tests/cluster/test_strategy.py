@@ -1,0 +1,116 @@
+"""Many processes compute what one would, and each turn moves only its own gradients."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.distributed as dist
+from processes import Processes
+from two_players import TwoPlayers, die_at, train, write_result
+
+from ksr_distill.training.checkpoints import last_good_checkpoint
+from ksr_distill.training.strategy import PerNetworkDDP
+
+
+def train_and_tell(
+    folder: Path,
+    *,
+    die: tuple[int, str] | None = None,
+    rehearse: bool = True,
+    every_updates: int = 100,
+    **module: Any,
+) -> None:
+    """Train; tell the digest, and the gradients of the last update's turns."""
+    players = TwoPlayers(**module)
+    if die:
+        players.at = die_at(*die)
+    if not rehearse:
+        PerNetworkDDP.on_train_start = pl.strategies.DDPStrategy.on_train_start
+    told = train(folder / "run", module=players, checkpoint={"every_updates": every_updates})
+    rank = players.global_rank
+    write_result(folder / f"result.{rank}.json", digest=told, update=players.update)
+    if rank == 0:
+        torch.save(players.gradients, folder / "gradients.pt")
+
+
+def result(folder: Path, rank: int = 0) -> dict[str, Any]:
+    return json.loads((folder / f"result.{rank}.json").read_text())
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 4), (2, 2), (3, 1), (4, 1)])
+def test_any_number_of_processes_has_the_gradient_of_the_whole_batch(
+    tmp_path: Path, world: int, accumulate: int
+) -> None:
+    one, many = tmp_path / "one", tmp_path / "many"
+    Processes(1, train_and_tell, one, num_updates=1).succeed()
+    Processes(world, train_and_tell, many, num_updates=1, accumulate=accumulate).succeed()
+    whole = torch.load(one / "gradients.pt", weights_only=True)
+    for name, gradient in torch.load(many / "gradients.pt", weights_only=True).items():
+        torch.testing.assert_close(gradient, whole[name], rtol=0, atol=1e-6)
+    assert len({result(many, rank)["digest"] for rank in range(world)}) == 1
+
+
+@pytest.mark.parametrize(("world", "saved_at"), [(1, 1), (1, 8), (2, 1), (2, 8), (3, 4), (4, 6)])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, world: int, saved_at: int
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    Processes(world, train_and_tell, whole).succeed()
+    place = (saved_at, "critic's turn" if saved_at < 8 else "end of the epoch")
+    dying = Processes(world, train_and_tell, parts, every_updates=saved_at, die=place)
+    assert -signal.SIGKILL in dying.wait()
+    assert last_good_checkpoint(parts / "run").stem == f"update-{saved_at:09d}"
+    Processes(world, train_and_tell, parts).succeed()
+    assert result(parts)["update"] == 8
+    assert result(parts)["digest"] == result(whole)["digest"]
+
+
+def test_without_the_rehearsal_three_processes_do_not_resume_exactly(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    Processes(3, train_and_tell, whole, rehearse=False).succeed()
+    die = (4, "critic's turn")
+    Processes(3, train_and_tell, parts, rehearse=False, every_updates=4, die=die).wait()
+    Processes(3, train_and_tell, parts, rehearse=False).succeed()
+    assert result(parts)["digest"] != result(whole)["digest"]
+
+
+def count_reduced_elements(folder: Path) -> None:
+    """Tell how many elements each turn reduces, by a hook on every wrapper's buckets."""
+    counts = {"critic's turn": 0, "student's turn": 0}
+    place = ["rehearsal"]
+    wrap = PerNetworkDDP._setup_model
+
+    def reduce(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        if place[0] in counts:
+            counts[place[0]] += bucket.buffer().numel()
+        return (
+            dist.all_reduce(bucket.buffer(), async_op=True)
+            .get_future()
+            .then(lambda done: done.value()[0].div_(dist.get_world_size()))
+        )
+
+    def counting_wrap(self: PerNetworkDDP, network: torch.nn.Module) -> Any:
+        wrapped = wrap(self, network)
+        wrapped.register_comm_hook(None, reduce)
+        return wrapped
+
+    PerNetworkDDP._setup_model = counting_wrap
+    players = TwoPlayers(num_updates=1)
+    players.at = lambda _, at: place.__setitem__(0, at)
+    train(folder / "run", module=players)
+    sizes = {
+        name: sum(parameter.numel() for parameter in network.parameters())
+        for name, network in players.trainable_networks().items()
+    }
+    write_result(folder / f"result.{players.global_rank}.json", counts=counts, sizes=sizes)
+
+
+def test_a_turn_reduces_exactly_its_players_parameters(tmp_path: Path) -> None:
+    Processes(2, count_reduced_elements, tmp_path).succeed()
+    told = result(tmp_path)
+    assert told["counts"]["critic's turn"] == told["sizes"]["critic"]
+    assert told["counts"]["student's turn"] == told["sizes"]["student"]
