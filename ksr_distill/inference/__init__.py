@@ -1,0 +1,21 @@
+"""Using the models: the pipeline, tiles of any picture, and huge outputs in little memory.
+
+Names are looked up when they are used: importing this room loads neither torch nor diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ksr_distill.inference.pipeline import KSRFlashPipeline
+
+HOMES = {"KSRFlashPipeline": "ksr_distill.inference.pipeline"}
+
+__all__ = ["KSRFlashPipeline"]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from the module it lives in."""
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)

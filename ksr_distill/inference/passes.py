@@ -1,0 +1,254 @@
+"""Running a pass: every tile of a picture once through a network, in the memory that there is."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ksr_distill.diffusion import NoiseSchedule, sample_few_steps
+from ksr_distill.inference.noise import PlaceNoise, Window
+from ksr_distill.inference.rasters import Raster, read_reflected
+from ksr_distill.inference.tiles import BlendedRaster, MemoryStore, TilePlan, TileStore, plan_tiles
+from ksr_distill.types import Denoiser
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TILE_PX = 2048
+"""1024² → 2048², the released system's own example, is one tile."""
+
+SMALLEST_TILE_PX = 64
+
+
+class TilePass(Protocol):
+    """One network's work on a batch of tiles."""
+
+    @property
+    def stage(self) -> int:
+        """Which pass of the job this is, from 0."""
+        ...
+
+    @property
+    def factor(self) -> int:
+        """How much larger a tile comes out than it went in."""
+        ...
+
+    @property
+    def align(self) -> int:
+        """What the corners and sides of tiles must be multiples of, in output pixels."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which dtype finished tiles are kept without loss."""
+        ...
+
+    @property
+    def largest_tile_px(self) -> int | None:
+        """A bound of the network's own on the side of a tile."""
+        ...
+
+    def __call__(
+        self, tiles: Float[Tensor, "b 3 h w"], windows: Sequence[Window]
+    ) -> Float[Tensor, "b 3 H W"]:
+        """Return the tiles' results; the windows say where they lie in the output."""
+        ...
+
+
+@dataclass(frozen=True)
+class SuperResolutionPass:
+    """The student's few steps on each tile, with the noise of the tile's place."""
+
+    denoise: Denoiser
+    timesteps: Sequence[int]
+    noise: PlaceNoise
+    factor: int
+    align: int
+    device: torch.device
+    dtype: torch.dtype
+    on_step: Callable[[int, int, Tensor], None] | None = None
+    largest_tile_px: int | None = None
+
+    @property
+    def stage(self) -> int:
+        """Which pass of the job this is."""
+        return self.noise.stage
+
+    def __call__(
+        self, tiles: Float[Tensor, "b 3 h w"], windows: Sequence[Window]
+    ) -> Float[Tensor, "b 3 H W"]:
+        """Return the enlarged tiles.
+
+        A CPU takes them one by one: it gains nothing by a batch, and oneDNN rounds in another way
+        for another batch size (1e-6, measured), so that a pixel would depend on it.
+        """
+        if self.device.type == "cpu" and len(windows) > 1:
+            return torch.cat(
+                [self(tile[None], [window]) for tile, window in zip(tiles, windows, strict=True)]
+            )
+        return sample_few_steps(
+            self.denoise,
+            tiles.to(self.device),
+            timesteps=self.timesteps,
+            schedule=NoiseSchedule("linear"),
+            draw_noise=self.noise.source(windows, device=self.device),
+            on_step=self.on_step,
+        ).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a canvas is cut.
+
+    Attributes:
+        tile_px: Side of a tile in output pixels of a pass.
+        overlap_px: Width of the blended ramps; null means an eighth of the tile.
+        batch: Tiles at once.
+    """
+
+    tile_px: int = DEFAULT_TILE_PX
+    overlap_px: int | None = None
+    batch: int = 1
+
+    def plan(self, height: int, width: int, tile_pass: TilePass) -> TilePlan:
+        """Return the tiles of a pass whose output has this size, before padding."""
+        align = tile_pass.align
+        tile_px = min(self.tile_px, tile_pass.largest_tile_px or self.tile_px)
+        overlap_px = tile_px // 8 if self.overlap_px is None else self.overlap_px
+        return plan_tiles(
+            math.ceil(height / align) * align,
+            math.ceil(width / align) * align,
+            tile_px=tile_px,
+            overlap_px=overlap_px if tile_px == self.tile_px else min(overlap_px, tile_px // 4),
+            align=align,
+        )
+
+    def smaller(self, plan: TilePlan, align: int) -> "Tiling":
+        """Return what needs half the memory: half the batch, then half the tile."""
+        if self.batch > 1:
+            return replace(self, batch=self.batch // 2)
+        side = max(plan.rows.tile, plan.columns.tile)
+        half = side // 2 // align * align
+        if half < max(SMALLEST_TILE_PX, align):
+            raise ValueError(
+                f"out of memory with tile={side}, the smallest; use --device cpu, a smaller model, "
+                "or free some memory"
+            )
+        overlap_px = None if self.overlap_px is None else min(self.overlap_px, half // 4)
+        return Tiling(half, overlap_px, 1)
+
+
+OpenStore = Callable[[TilePass, TilePlan], TileStore]
+
+
+def store_in_memory(tile_pass: TilePass, plan: TilePlan) -> TileStore:  # noqa: ARG001
+    """Return an empty store in memory."""
+    return MemoryStore()
+
+
+def run_passes(
+    source: Raster,
+    passes: Sequence[TilePass],
+    *,
+    tiling: Tiling,
+    open_store: OpenStore = store_in_memory,
+    order: Callable[[Sequence[int]], Sequence[int]] = list,
+    on_tile: Callable[[int], None] | None = None,
+) -> Raster:
+    """Return the picture after all passes; each begins when the one before has all its tiles.
+
+    Args:
+        open_store: Gives a pass its store; tiles that are done there are not made again.
+        order: The tiles to make, in their order, from the tiles that are missing. A process that
+            shares the work with others returns its part of them.
+        on_tile: Called with the pass's stage after each tile, and for each that was there already.
+    """
+    for tile_pass in passes:
+        source, tiling = run_pass(
+            source, tile_pass, tiling=tiling, open_store=open_store, order=order, on_tile=on_tile
+        )
+    return source
+
+
+def run_pass(
+    source: Raster,
+    tile_pass: TilePass,
+    *,
+    tiling: Tiling,
+    open_store: OpenStore = store_in_memory,
+    order: Callable[[Sequence[int]], Sequence[int]] = list,
+    on_tile: Callable[[int], None] | None = None,
+) -> tuple[BlendedRaster, Tiling]:
+    """Return the pass's picture, and the tiling that fitted into memory."""
+    height, width = source.height * tile_pass.factor, source.width * tile_pass.factor
+    while True:
+        plan = tiling.plan(height, width, tile_pass)
+        store = open_store(tile_pass, plan)
+        missing = order([i for i in range(len(plan)) if not store.is_done(i)])
+        fitted = _make_tiles(source, tile_pass, plan, store, missing, tiling, on_tile)
+        if fitted.tile_px == tiling.tile_px:
+            return BlendedRaster(plan, store, height, width), fitted
+        tiling = fitted
+
+
+def _make_tiles(
+    source: Raster,
+    tile_pass: TilePass,
+    plan: TilePlan,
+    store: TileStore,
+    missing: Sequence[int],
+    tiling: Tiling,
+    on_tile: Callable[[int], None] | None,
+) -> Tiling:
+    """Fill the store; return early, with a smaller tile, where this one does not fit."""
+    done = 0
+    while done < len(missing):
+        batch = missing[done : done + tiling.batch]
+        windows = [plan.window(index) for index in batch]
+        tiles = torch.stack([_read_input(source, window, tile_pass.factor) for window in windows])
+        results = _unless_out_of_memory(tile_pass, tiles, windows)
+        if results is None:
+            smaller = tiling.smaller(plan, tile_pass.align)
+            logger.warning("out of memory: going on with %s", _in_words(smaller))
+            if smaller.tile_px != tiling.tile_px:
+                return smaller
+            tiling = smaller
+            continue
+        for index, result in zip(batch, results, strict=True):
+            store.write(index, result)
+            if on_tile is not None:
+                on_tile(tile_pass.stage)
+        done += len(batch)
+    return tiling
+
+
+def _read_input(source: Raster, window: Window, factor: int) -> Float[Tensor, "3 h w"]:
+    sides = (window.top, window.left, window.height, window.width)
+    return read_reflected(source, Window(*(side // factor for side in sides)))
+
+
+def _unless_out_of_memory(
+    tile_pass: TilePass, tiles: Tensor, windows: Sequence[Window]
+) -> Tensor | None:
+    """Return the results, or nothing (and everything freed) when memory ran out."""
+    try:
+        return tile_pass(tiles, windows)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an allocation failed, on an accelerator or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _in_words(tiling: Tiling) -> str:
+    return f"{tiling.batch} tile{'s' if tiling.batch > 1 else ''} of {tiling.tile_px} px at once"
