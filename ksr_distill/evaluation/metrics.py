@@ -133,15 +133,15 @@ def checkerboard_peaks(
 def spectral_prominence(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b f_y f_x"]:
     """Return the power at each frequency over that of its neighbours; 1 in white noise.
 
-    1. The image is cut into tiles of 32 px, half overlapping, each freed of its mean and weighted
-       by a Hann window; P is its power spectrum summed over R, G and B: coloured patterns count.
+    1. Each of R, G and B is cut into tiles of 32 px, half overlapping; each tile is freed of its
+       mean and weighted by a Hann window. P is its power spectrum.
     2. Each bin of P is divided by the geometric mean of its 16 neighbours at Chebyshev distance 2,
        times exp(gamma), the geometric mean's deficit in white noise. Geometric, because a smooth
        gain such as blur then cancels. The power of 8-bit rounding is added to both, so a flat tile
        gives 1 and not 0/0.
-    3. The mean over the tiles, and over mirrored and transposed frequencies. Every tile counts
-       alike: a faint pattern in a dark smooth corner is seen, which would drown in the spectrum of
-       the whole image.
+    3. The mean over tiles, over channels, and over mirrored and transposed frequencies. Every tile
+       counts alike: a faint pattern in a dark smooth corner is seen, which would drown in the
+       spectrum of the whole image; and so is a coloured one.
 
     Raises:
         ValueError: If a side is shorter than a tile.
@@ -156,16 +156,22 @@ def spectral_prominence(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b f_
     window = window[:, None] * window[None, :]
     tiles = images.float().unfold(2, tile, tile // 2).unfold(3, tile, tile // 2)
     tiles = (tiles - tiles.mean(dim=(-2, -1), keepdim=True)) * window
-    power = torch.fft.fft2(tiles).abs().square().sum(dim=1).flatten(1, 2)
-    rounding_power = 3 * window.square().sum() * (2 / 255) ** 2 / 12
-    ring = [(y, x) for y in range(-2, 3) for x in range(-2, 3) if max(abs(y), abs(x)) == 2]
+    power = torch.fft.fft2(tiles).abs().square().flatten(1, 3)
+    rounding_power = window.square().sum() * (2 / 255) ** 2 / 12
     log_power = (power + rounding_power * 1e-3).log()  # finite where a tile is flat
-    neighbours = sum(log_power.roll(shift, dims=(-2, -1)) for shift in ring) / len(ring)
-    neighbours = neighbours.exp() * math.exp(_EULER_GAMMA)
+    neighbours = _mean_at_distance_2(log_power).exp() * math.exp(_EULER_GAMMA)
     prominence = ((power + rounding_power) / (neighbours + rounding_power)).mean(dim=1)
     mirrored = prominence.flip(-1).roll(1, dims=-1)
     prominence = (prominence + mirrored) / 2
     return (prominence + prominence.mT) / 2
+
+
+def _mean_at_distance_2(spectra: Float[Tensor, "b n f_y f_x"]) -> Float[Tensor, "b n f_y f_x"]:
+    """Return the mean of the 16 bins around each bin, spectra being periodic: 5x5 less 3x3."""
+    padded = F.pad(spectra, (2, 2, 2, 2), mode="circular")
+    five_by_five = F.avg_pool2d(padded, 5, stride=1) * 25
+    three_by_three = F.avg_pool2d(padded[..., 1:-1, 1:-1], 3, stride=1) * 9
+    return (five_by_five - three_by_three) / 16
 
 
 def share_out_of_range(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " b"]:
