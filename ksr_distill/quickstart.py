@@ -1,1 +1,0 @@
-"""Run the whole path on real photos."""
