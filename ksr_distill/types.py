@@ -7,7 +7,7 @@ t  integer timestep           k  critic levels
 Images are RGB in [-1, 1], channels first, unless a name ends with ``uint8``.
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     lowres: Float[Tensor, "b 3 h w"]
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """What a sampler needs of a network: an estimate of the clean image."""
 
@@ -38,6 +39,7 @@ class Denoiser(Protocol):
         ...
 
 
+@runtime_checkable
 class NoiseSource(Protocol):
     """What a sampler needs of randomness: the i-th draw of standard normal noise.
 

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ DEFAULT_TILE_PX = 2048
 SMALLEST_TILE_PX = 64
 
 
+@runtime_checkable
 class TilePass(Protocol):
     """One network's work on a batch of tiles."""
 

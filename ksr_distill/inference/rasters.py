@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -11,6 +11,7 @@ from torch import Tensor
 from ksr_distill.inference.noise import Window
 
 
+@runtime_checkable
 class Raster(Protocol):
     """A picture of 3 channels in [-1, 1] that can be read in parts."""
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -123,6 +123,7 @@ def plan_tiles(height: int, width: int, *, tile_px: int, overlap_px: int, align:
     return TilePlan(plan_axis(height, **options), plan_axis(width, **options))
 
 
+@runtime_checkable
 class TileStore(Protocol):
     """Where finished tiles wait to be blended."""
 
