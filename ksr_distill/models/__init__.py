@@ -1,9 +1,18 @@
 """The networks. These module paths are written into every exported folder: public for good."""
 
-# diffusers finds a class by this module's name only where its base class can be seen too.
+# diffusers resolves ["ksr_distill.models", "KSRUNet"] only where the base class can be seen too.
 from diffusers import ModelMixin
 
 from ksr_distill.models.critic import Critic, CriticHeads
+from ksr_distill.models.refiner import RefinerContext, RefinerUNet
 from ksr_distill.models.unet import Encoded, KSRUNet
 
-__all__ = ["Critic", "CriticHeads", "Encoded", "KSRUNet", "ModelMixin"]
+__all__ = [
+    "Critic",
+    "CriticHeads",
+    "Encoded",
+    "KSRUNet",
+    "ModelMixin",
+    "RefinerContext",
+    "RefinerUNet",
+]

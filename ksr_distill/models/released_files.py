@@ -207,8 +207,8 @@ def _refuse_pickle(path: Path, error: Exception, is_zip: bool) -> NoReturn:
             "ask for a file with tensors alone (safetensors)"
         )
     else:
-        reason = " ".join(str(error).split())[:120]
-        message = f"is a damaged checkpoint or no checkpoint at all ({type(error).__name__}: {reason})"
+        reason = f"{type(error).__name__}: {error}"[:120]
+        message = f"is a damaged checkpoint, or none at all ({reason})"
     raise ValueError(f"{path} {message}") from error
 
 
