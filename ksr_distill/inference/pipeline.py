@@ -19,7 +19,8 @@ from ksr_distill.inference.passes import (
     run_passes,
 )
 from ksr_distill.inference.rasters import Raster, ResampledRaster
-from ksr_distill.models import KSRUNet
+from ksr_distill.inference.refine import RefinerPass, refine_timesteps
+from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
 
 StepCallback = Callable[[DiffusionPipeline, int, int, dict[str, Tensor]], object]
 
@@ -40,14 +41,16 @@ class KSRFlashPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "sr->refiner->movq"
-    _optional_components = ["refiner", "movq", "context"]  # noqa: RUF012 - diffusers reads the class's list
+    # diffusers reads the class's lists. The context is one token, and nothing calls its forward.
+    _optional_components = ["refiner", "movq", "context"]  # noqa: RUF012
+    _exclude_from_cpu_offload = ["context"]  # noqa: RUF012
 
     def __init__(
         self,
         sr: KSRUNet,
-        refiner: torch.nn.Module | None = None,
+        refiner: RefinerUNet | None = None,
         movq: VQModel | None = None,
-        context: torch.nn.Module | None = None,
+        context: RefinerContext | None = None,
         student_timesteps: list[int] | tuple[int, ...] = (979, 729, 479, 229),
         scale: int = 2,
     ) -> None:
@@ -70,6 +73,7 @@ class KSRFlashPipeline(DiffusionPipeline):
         *,
         num_inference_steps: int | None = None,
         refine_steps: int = 0,
+        match_colours: bool = False,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         tile_px: int = DEFAULT_TILE_PX,
         overlap_px: int | None = None,
@@ -87,6 +91,8 @@ class KSRFlashPipeline(DiffusionPipeline):
             num_inference_steps: Spread over the schedule as in training; by default the
                 timesteps that the folder names.
             refine_steps: 0, 1 or 2 steps of the refiner after each pass.
+            match_colours: Give the refined picture the coarse colours of the one before, so that
+                tiles and passes cannot drift. The released pipeline does not.
             generator: One for all pictures, or one each. A picture's noise depends on its
                 generator alone, so a batch gives what single pictures give.
             tile_px: Side of a tile in output pixels of a pass.
@@ -108,6 +114,7 @@ class KSRFlashPipeline(DiffusionPipeline):
                 tiling=tiling,
                 num_inference_steps=num_inference_steps,
                 refine_steps=refine_steps,
+                match_colours=match_colours,
                 on_step=self._step_counter(callback_on_step_end),
             )
             for source, seed in zip(sources, draw_seeds(generator, len(sources)), strict=True)
@@ -125,6 +132,7 @@ class KSRFlashPipeline(DiffusionPipeline):
         tiling: Tiling,
         num_inference_steps: int | None = None,
         refine_steps: int = 0,
+        match_colours: bool = False,
         on_step: Callable[[int, int, Tensor], None] | None = None,
     ) -> Raster:
         """Return a raster enlarged, tile by tile, in memory."""
@@ -134,6 +142,7 @@ class KSRFlashPipeline(DiffusionPipeline):
             seed=seed,
             num_inference_steps=num_inference_steps,
             refine_steps=refine_steps,
+            match_colours=match_colours,
             on_step=on_step,
         )
         return resized(run_passes(source, passes, tiling=tiling), source, scale)
@@ -144,26 +153,41 @@ class KSRFlashPipeline(DiffusionPipeline):
         *,
         seed: int,
         num_inference_steps: int | None = None,
-        refine_steps: int = 0,  # noqa: ARG002 - the refiner's pass follows
+        refine_steps: int = 0,
+        match_colours: bool = False,
         on_step: Callable[[int, int, Tensor], None] | None = None,
     ) -> list[TilePass]:
         """Return the passes that reach or exceed the scale, for ``run_passes``."""
         timesteps = self.config.student_timesteps
         if num_inference_steps is not None:
             timesteps = evenly_spread_timesteps(num_inference_steps)
-        return [
-            SuperResolutionPass(
-                denoise=self.sr,
-                timesteps=timesteps,
-                noise=PlaceNoise(seed, stage),
-                factor=self.config.scale,
-                align=math.lcm(self.sr.stride, self.config.scale),
-                device=self._execution_device,
-                dtype=self.sr.dtype,
-                on_step=on_step,
+        passes: list[TilePass] = []
+        for _ in range(num_passes(scale, self.config.scale)):
+            passes.append(
+                SuperResolutionPass(
+                    denoise=self.sr,
+                    timesteps=timesteps,
+                    noise=PlaceNoise(seed, stage=len(passes)),
+                    factor=self.config.scale,
+                    align=math.lcm(self.sr.stride, self.config.scale),
+                    device=self._execution_device,
+                    dtype=self.sr.dtype,
+                    on_step=on_step,
+                )
             )
-            for stage in range(num_passes(scale, self.config.scale))
-        ]
+            if refine_steps:
+                passes.append(
+                    RefinerPass(
+                        refiner=self.refiner,
+                        movq=self.movq,
+                        context=self.context,
+                        timesteps=refine_timesteps(refine_steps),
+                        noise=PlaceNoise(seed, stage=len(passes)),
+                        device=self._execution_device,
+                        colour_cell_px=COLOUR_CELL_PX if match_colours else None,
+                    )
+                )
+        return passes
 
     def check_inputs(self, scale: float | None, refine_steps: int, output_type: str) -> None:
         """Refuse what cannot be done, by its argument's name."""
@@ -171,10 +195,10 @@ class KSRFlashPipeline(DiffusionPipeline):
             raise ValueError(f"scale={scale} is no enlargement; use any number ≥ 1")
         if refine_steps not in (0, 1, 2):
             raise ValueError(f"refine_steps={refine_steps} is not one of 0, 1, 2")
-        if refine_steps and (self.refiner is None or self.movq is None):
+        if refine_steps and None in (self.refiner, self.movq, self.context):
             raise ValueError(
-                f"refine_steps={refine_steps} needs a refiner and a movq, which this model folder "
-                "lacks; use refine_steps=0, or make the folder with ksr convert flash"
+                f"refine_steps={refine_steps} needs a refiner, movq and context, which this model "
+                "folder lacks; use refine_steps=0, or make the folder with ksr convert flash"
             )
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type={output_type!r} is not one of pil, np, pt")
@@ -194,6 +218,9 @@ class KSRFlashPipeline(DiffusionPipeline):
 
         return on_step
 
+
+COLOUR_CELL_PX = 64
+"""Over how many pixels ``match_colours`` averages: one latent of the refiner's coarsest level."""
 
 MODELS = "ksr_distill.models"
 
