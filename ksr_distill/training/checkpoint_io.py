@@ -17,7 +17,7 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
-from torch import Tensor, nn
+from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,18 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, facts: dict[str, An
     finally:
         temporary.unlink(missing_ok=True)
         manifest_temporary.unlink(missing_ok=True)
+
+
+def write_manifest(path: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest of a checkpoint, or replace it as a whole."""
+    manifest = manifest_path(path)
+    temporary = manifest.with_name(manifest.name + TEMPORARY)
+    try:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n")
+        _flush_to_disk(temporary)
+        temporary.replace(manifest)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -195,7 +207,6 @@ class AtomicCheckpointIO(CheckpointIO):
         """
         self.background_above_mb = background_above_mb
         self.failure: str | None = None
-        self.expected_model: nn.Module | None = None
         self._buffers: dict[str, Tensor] = {}
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -250,16 +261,13 @@ class AtomicCheckpointIO(CheckpointIO):
         map_location: Any = None,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Return a checkpoint after checking its bytes, its contents and that it fits the model."""
+        """Return a checkpoint after checking its bytes and its contents."""
         if weights_only is False or map_location not in (None, "cpu"):
             raise ValueError(
                 f"{path}: weights_only={weights_only}, map_location={map_location}: checkpoints "
                 "are read to the CPU with weights_only=True alone; leave both arguments out"
             )
-        checkpoint = read_checkpoint(Path(path))
-        if self.expected_model is not None:
-            refuse_another_model(checkpoint["state_dict"], self.expected_model, path)
-        return checkpoint
+        return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove a checkpoint, then its manifest."""
@@ -269,32 +277,3 @@ class AtomicCheckpointIO(CheckpointIO):
     def teardown(self) -> None:
         """Finish what is being written."""
         self.wait()
-
-
-def refuse_another_model(
-    saved: dict[str, Any], model: nn.Module, path: str | os.PathLike[str]
-) -> None:
-    """Check that a checkpoint was made from a model of these names and shapes.
-
-    Raises:
-        ValueError: Names the first keys that differ, on each side.
-    """
-    here = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    there = {name: tuple(value.shape) for name, value in saved.items()}
-    missing, unknown = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
-    reshaped = [
-        f"{name} {there[name]} instead of {here[name]}"
-        for name in sorted(here.keys() & there.keys())
-        if here[name] != there[name]
-    ]
-    differences = {"missing": missing, "unknown": unknown, "of another shape": reshaped}
-    told = [
-        f"{len(keys)} {kind}: {', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}"
-        for kind, keys in differences.items()
-        if keys
-    ]
-    if told:
-        raise ValueError(
-            f"{path} is a checkpoint of another model ({'; '.join(told)}): use the configuration "
-            "it was trained with, or another name= for a new run"
-        )

@@ -1,6 +1,5 @@
 """When a run is saved, which checkpoints stay, and how the same command finds the last good one."""
 
-import fcntl
 import logging
 import math
 import time
@@ -14,16 +13,25 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from ksr_distill.training.checkpoint_folder import (
+    best_checkpoints,
+    checkpoint_files,
+    last_good_checkpoint,
+    lock_folder,
+    path_of_update,
+    point_to,
+    sweep_orphans,
+)
 from ksr_distill.training.checkpoint_io import (
-    MANIFEST,
-    TEMPORARY,
     AtomicCheckpointIO,
     read_manifest,
-    verify_checkpoint,
+    write_manifest,
 )
 from ksr_distill.training.strategy import HostAgreement
 
 log = logging.getLogger(__name__)
+
+__all__ = ["RunCheckpoint", "completed_updates", "last_good_checkpoint"]
 
 OPTIMIZER_NAMES = "optimizer_parameter_names"
 
@@ -32,61 +40,10 @@ def _flat(names: list[list[list[str]]]) -> list[str]:
     return [name for optimizer in names for group in optimizer for name in group]
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("update-*.ckpt") if not path.is_symlink())
-
-
-def update_of_file(path: Path) -> int:
-    """Return after which update a checkpoint was written."""
-    return int(path.stem.removeprefix("update-"))
-
-
-def last_good_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest checkpoint whose bytes are those that were written; None in a new folder.
-
-    Raises:
-        ValueError: When there are checkpoints and none is good: the user decides to start at zero.
-    """
-    files = checkpoint_files(Path(folder))
-    for path in reversed(files):
-        try:
-            verify_checkpoint(path)
-        except ValueError as error:
-            log.warning("%s; trying the one before it", error)
-        else:
-            return path
-    if files:
-        raise ValueError(
-            f"{folder}: none of the {len(files)} checkpoints is good (newest: {files[-1].name}); "
-            "restore one from a backup, or use another name= to start anew"
-        )
-    return None
-
-
 def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
     """Return the names of an optimiser's parameters, group by group, in its order."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Return an open lock on a run's folder; the kernel lets go of it when the process dies.
-
-    Raises:
-        ValueError: When another process of this or another host holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise ValueError(
-            f"{folder}: another run is writing its checkpoints here; wait for it, end it, or use "
-            "another name="
-        ) from error
-    return lock
 
 
 class RunCheckpoint(Checkpoint):
@@ -113,12 +70,12 @@ class RunCheckpoint(Checkpoint):
 
         Args:
             folder: Where checkpoints go; ``last.ckpt`` and ``best.ckpt`` there are links.
-            every_updates: Save after each multiple of this. Make it a multiple of the interval at
-                which ``monitor`` is measured, so that the figure belongs to the saved weights.
+            every_updates: Save after each multiple of this.
             every_minutes: Save when this much time has passed since the last save.
             keep_last: How many of the newest stay; with 2 a damaged newest one costs little.
-            keep_best: How many of the best by ``monitor`` stay besides.
-            monitor: A logged metric, e.g. ``val/psnr_y``.
+            keep_best: How many of the best by ``monitor`` stay besides; a validation that is among
+                them is saved whatever the interval.
+            monitor: A metric that validation logs, e.g. ``val/psnr_y``.
             mode: Whether larger or smaller is better.
             background_above_mb: Larger checkpoints are written by a thread.
         """
@@ -146,7 +103,6 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take over the reading and writing of checkpoints, before Lightning reads one."""
         trainer.strategy.checkpoint_io = self.io
-        self.io.expected_model = pl_module
         if stage == "fit" and trainer.is_global_zero:
             self._lock = lock_folder(self.folder)
 
@@ -209,21 +165,52 @@ class RunCheckpoint(Checkpoint):
             self._tidy(trainer)
 
     @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the figure beside the saved weights; save them if they are among the best."""
+        if self.monitor is None or not self.keep_best or trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"callbacks.checkpoint.monitor={self.monitor!r} is not among what validation logs "
+                f"({', '.join(sorted(trainer.callback_metrics))}); use one of these, or null"
+            )
+        figure = float(trainer.callback_metrics[self.monitor])
+        if completed_updates(trainer) == self._last_saved_update:
+            self._annotate(trainer, figure)
+        elif trainer.strategy.broadcast(self._would_be_kept(figure)):
+            self._save(trainer, metrics={self.monitor: figure})
+
+    def _would_be_kept(self, figure: float) -> bool:
+        best = best_checkpoints(checkpoint_files(self.folder), self.monitor, self.mode)
+        if math.isnan(figure) or len(best) < self.keep_best:
+            return not math.isnan(figure)
+        worst_kept = read_manifest(best[self.keep_best - 1])["metrics"][self.monitor]
+        return figure >= worst_kept if self.mode == "max" else figure <= worst_kept
+
+    def _annotate(self, trainer: pl.Trainer, figure: float) -> None:
+        path = path_of_update(self.folder, self._last_saved_update)
+        self.io.wait()
+        if trainer.is_global_zero and path.exists():
+            write_manifest(path, {**read_manifest(path), "metrics": {self.monitor: figure}})
+        self._tidy(trainer)
+
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end of the run, whatever the interval, and wait until it is on the disk."""
         self.save_and_wait(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
         """Save this update, if it is not yet. Every rank has to call it, at the end of a batch."""
-        update = completed_updates(trainer)
         self._last_save_time = time.monotonic()
-        if update == self._last_saved_update:
-            return
-        facts: dict[str, Any] = {"update": update, "num_processes": trainer.world_size}
-        if self.monitor is not None and self.monitor in trainer.callback_metrics:
-            facts["metrics"] = {self.monitor: float(trainer.callback_metrics[self.monitor])}
-        path = self.folder / f"update-{update:09d}.ckpt"
-        trainer.save_checkpoint(path, weights_only=False, storage_options=facts)
+        if completed_updates(trainer) != self._last_saved_update:
+            self._save(trainer, metrics={})
+
+    def _save(self, trainer: pl.Trainer, *, metrics: dict[str, float]) -> None:
+        update = completed_updates(trainer)
+        facts = {"update": update, "num_processes": trainer.world_size, "metrics": metrics}
+        trainer.save_checkpoint(
+            path_of_update(self.folder, update), weights_only=False, storage_options=facts
+        )
         self._last_saved_update = update
         self._is_untidy = True
         if not self.io.is_writing:
@@ -246,7 +233,7 @@ class RunCheckpoint(Checkpoint):
                 f"update {self._last_saved_update} could not be saved ({failure}); the last good "
                 f"checkpoint in {self.folder} is {kept}: free space and run the same command again"
             )
-        return self.folder / f"update-{self._last_saved_update:09d}.ckpt"
+        return path_of_update(self.folder, self._last_saved_update)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -289,38 +276,3 @@ class RunCheckpoint(Checkpoint):
 def completed_updates(trainer: pl.Trainer) -> int:
     """Return how many updates are behind us, as seen at the end of a batch or between batches."""
     return trainer.fit_loop.total_batch_idx + 1
-
-
-def best_checkpoints(files: list[Path], monitor: str | None, mode: str) -> list[Path]:
-    """Return those with a figure, best first; of equal ones the newer."""
-    figures: dict[Path, float] = {}
-    for path in files:
-        try:
-            figure = read_manifest(path).get("metrics", {}).get(monitor, math.nan)
-        except ValueError as error:
-            log.warning("%s", error)
-            continue
-        if not math.isnan(figure):
-            figures[path] = figure if mode == "max" else -figure
-    return sorted(figures, key=lambda path: (figures[path], path), reverse=True)
-
-
-def point_to(link: Path, target: Path) -> None:
-    """Let a link point to a file beside it, without a moment in which there is none."""
-    temporary = link.with_name(link.name + TEMPORARY)
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target.name)
-    temporary.replace(link)
-
-
-def sweep_orphans(folder: Path, update: int) -> None:
-    """Remove what a killed save left; set aside checkpoints from beyond the resumed update."""
-    for path in folder.glob(f"*{TEMPORARY}"):
-        path.unlink()
-    for path in checkpoint_files(folder):
-        if update_of_file(path) > update:
-            log.warning("%s is newer than the resumed update %d: set aside", path.name, update)
-            path.replace(path.with_name(path.name + ".aside"))
-    for manifest in folder.glob(f"update-*{MANIFEST}"):
-        if not manifest.with_name(manifest.name.removesuffix(MANIFEST)).exists():
-            manifest.unlink()

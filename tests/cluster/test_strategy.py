@@ -12,6 +12,7 @@ import torch.distributed as dist
 from processes import Processes
 from two_players import TwoPlayers, die_at, train, write_result
 
+from ksr_distill.training.checkpoint_io import read_manifest
 from ksr_distill.training.checkpoints import last_good_checkpoint
 from ksr_distill.training.strategy import PerNetworkDDP
 
@@ -66,6 +67,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     assert last_good_checkpoint(parts / "run").stem == f"update-{saved_at:09d}"
     Processes(world, train_and_tell, parts).succeed()
     assert result(parts)["update"] == 8
+    assert result(parts)["digest"] == result(whole)["digest"]
+
+
+def test_a_run_saved_by_its_validation_resumes_exactly(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    Processes(2, train_and_tell, whole).succeed()
+    Processes(2, train_and_tell, parts, die=(5, "critic's turn")).wait()
+    saved = last_good_checkpoint(parts / "run")
+    assert saved.stem == "update-000000003"
+    assert read_manifest(saved)["metrics"] == {"val/psnr_y": 1.0}
+    Processes(2, train_and_tell, parts).succeed()
     assert result(parts)["digest"] == result(whole)["digest"]
 
 

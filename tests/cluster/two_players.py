@@ -135,8 +135,14 @@ class TwoPlayers(pl.LightningModule):
             for ema, live in pairs:
                 ema.lerp_(live, 0.1)
         self.update += 1
-        self.log("val/psnr_y", float((self.update * 7) % 5))
         self.at(self, "end of the update")
+
+    def val_dataloader(self) -> list[int]:
+        return [0]
+
+    def validation_step(self, batch: int, batch_idx: int) -> None:
+        self.log("val/psnr_y", float((self.update * 7) % 5), sync_dist=True, batch_size=1)
+        self.at(self, "validation")
 
     def on_train_epoch_end(self) -> None:
         self.at(self, "end of the epoch")
@@ -162,7 +168,7 @@ def digest(module: TwoPlayers, optimizers: list[torch.optim.Optimizer]) -> str:
 
 def checkpointing(folder: Path, **changes: Any) -> RunCheckpoint:
     settings: dict[str, Any] = {
-        "every_updates": 3,
+        "every_updates": 100,
         "every_minutes": 60.0,
         "keep_last": 2,
         "keep_best": 1,
@@ -194,6 +200,9 @@ def train(
         "enable_model_summary": False,
         "max_epochs": 1,
         "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+        "val_check_interval": 3,
+        "check_val_every_n_epoch": None,
         "default_root_dir": folder,
     }
     if world > 1:

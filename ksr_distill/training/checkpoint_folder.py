@@ -1,0 +1,107 @@
+"""A run's folder of checkpoints: which are there, which is good, which is best, which may go."""
+
+import fcntl
+import logging
+import math
+from pathlib import Path
+from typing import IO
+
+from ksr_distill.training.checkpoint_io import (
+    MANIFEST,
+    TEMPORARY,
+    read_manifest,
+    verify_checkpoint,
+)
+
+log = logging.getLogger(__name__)
+
+
+def path_of_update(folder: Path, update: int) -> Path:
+    """Return the file that holds a run after so many updates."""
+    return folder / f"update-{update:09d}.ckpt"
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, oldest first."""
+    return sorted(path for path in folder.glob("update-*.ckpt") if not path.is_symlink())
+
+
+def update_of_file(path: Path) -> int:
+    """Return after which update a checkpoint was written."""
+    return int(path.stem.removeprefix("update-"))
+
+
+def last_good_checkpoint(folder: str | Path) -> Path | None:
+    """Return the newest checkpoint whose bytes are those that were written; None in a new folder.
+
+    Raises:
+        ValueError: When there are checkpoints and none is good: the user decides to start at zero.
+    """
+    files = checkpoint_files(Path(folder))
+    for path in reversed(files):
+        try:
+            verify_checkpoint(path)
+        except ValueError as error:
+            log.warning("%s; trying the one before it", error)
+        else:
+            return path
+    if files:
+        raise ValueError(
+            f"{folder}: none of the {len(files)} checkpoints is good (newest: {files[-1].name}); "
+            "restore one from a backup, or use another name= to start anew"
+        )
+    return None
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Return an open lock on a run's folder; the kernel lets go of it when the process dies.
+
+    Raises:
+        ValueError: When another process of this or another host holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise ValueError(
+            f"{folder}: another run is writing its checkpoints here; wait for it, end it, or use "
+            "another name="
+        ) from error
+    return lock
+
+
+def best_checkpoints(files: list[Path], monitor: str | None, mode: str) -> list[Path]:
+    """Return those with a figure, best first; of equal ones the newer."""
+    figures: dict[Path, float] = {}
+    for path in files:
+        try:
+            figure = read_manifest(path).get("metrics", {}).get(monitor, math.nan)
+        except ValueError as error:
+            log.warning("%s", error)
+            continue
+        if not math.isnan(figure):
+            figures[path] = figure if mode == "max" else -figure
+    return sorted(figures, key=lambda path: (figures[path], path), reverse=True)
+
+
+def point_to(link: Path, target: Path) -> None:
+    """Let a link point to a file beside it, without a moment in which there is none."""
+    temporary = link.with_name(link.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    temporary.replace(link)
+
+
+def sweep_orphans(folder: Path, update: int) -> None:
+    """Remove what a killed save left; set aside checkpoints from beyond the resumed update."""
+    for path in folder.glob(f"*{TEMPORARY}"):
+        path.unlink()
+    for path in checkpoint_files(folder):
+        if update_of_file(path) > update:
+            log.warning("%s is newer than the resumed update %d: set aside", path.name, update)
+            path.replace(path.with_name(path.name + ".aside"))
+    for manifest in folder.glob(f"update-*{MANIFEST}"):
+        if not manifest.with_name(manifest.name.removesuffix(MANIFEST)).exists():
+            manifest.unlink()
