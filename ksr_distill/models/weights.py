@@ -97,11 +97,11 @@ def context_from_released(
     return model.eval()
 
 
-def released_state_dict(model: KSRUNet | RefinerUNet | VQModel) -> dict[str, Tensor]:
-    """Return the model's parameters with the released names and shapes, for the released code.
+def released_state_dict(model: ModelMixin) -> dict[str, Tensor]:
+    """Return the parameters of a KSRUNet, RefinerUNet or VQModel as the released code names them.
 
     Raises:
-        ValueError: If the model computes what the released code cannot.
+        ValueError: If the model is none of these, or computes what the released code cannot.
     """
     if isinstance(model, KSRUNet):
         _check_is_expressible(model)
@@ -165,7 +165,9 @@ def _map_of(model: ModelMixin) -> WeightMap:
         return SR_UNET_MAP
     if isinstance(model, RefinerUNet):
         return REFINER_MAP
-    return movq_map(len(model.config.block_out_channels))
+    if isinstance(model, VQModel):
+        return movq_map(len(model.config.block_out_channels))
+    raise ValueError(f"a {type(model).__name__} has no released layout")
 
 
 def _check_is_expressible(unet: KSRUNet) -> None:

@@ -1,0 +1,122 @@
+"""Released files to models; every error begins with the file it is about."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from diffusers import ModelMixin, VQModel
+from torch import Tensor
+
+from ksr_distill.inference.model_folders import check_same_weights, load_model, new_file
+from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
+from ksr_distill.models.released_files import read_content, read_state_dict, read_tensor
+from ksr_distill.models.weights import (
+    context_from_released,
+    movq_from_released,
+    refiner_from_released,
+    released_state_dict,
+    sr_unet_from_released,
+)
+
+Model = TypeVar("Model", bound=ModelMixin)
+
+
+def read_sr_unet(path: Path, *, num_groups: int | None = None) -> KSRUNet:
+    """Return the U-Net of a released file, or of a model folder of ours.
+
+    Args:
+        num_groups: See ``sr_unet_from_released``.
+    """
+
+    def convert() -> KSRUNet:
+        return sr_unet_from_released(read_state_dict(path, "sr-unet"), num_groups=num_groups)
+
+    return _read(path, KSRUNet, convert, "sr")
+
+
+def read_refiner(
+    path: Path, *, num_groups: int | None = None, head_dim: int | None = None
+) -> RefinerUNet:
+    """Return the refiner of a released file, or of a model folder of ours.
+
+    Args:
+        num_groups: See ``refiner_from_released``.
+        head_dim: Likewise.
+    """
+
+    def convert() -> RefinerUNet:
+        state_dict = read_state_dict(path, "refiner")
+        return refiner_from_released(state_dict, num_groups=num_groups, head_dim=head_dim)
+
+    return _read(path, RefinerUNet, convert, "refiner")
+
+
+def read_movq(path: Path, *, num_groups: int | None = None) -> VQModel:
+    """Return the MoVQ of a released file, or of a model folder.
+
+    Args:
+        num_groups: See ``movq_from_released``.
+    """
+
+    def convert() -> VQModel:
+        return movq_from_released(read_state_dict(path, "movq"), num_groups=num_groups)
+
+    return _read(path, VQModel, convert, "movq")
+
+
+def read_context(path: Path, *, mask_path: Path | None = None) -> RefinerContext:
+    """Return the one-token context of a released file, or of a model folder of ours.
+
+    Args:
+        mask_path: The released ``context_mask.pt``; see ``context_from_released``.
+    """
+
+    def convert() -> RefinerContext:
+        context = read_tensor(path, "context")
+        if context.ndim != 3 or context.shape[0] != 1:
+            raise ValueError(f"its shape is {tuple(context.shape)}, a context's is (1, n, 4096)")
+        return context_from_released(context, None if mask_path is None else _read_mask(mask_path))
+
+    return _read(path, RefinerContext, convert, "context")
+
+
+def write_original(model: ModelMixin, path: Path, *, overwrite: bool = False) -> None:
+    """Write a file for the released code: ``{'unet': …}``, or the bare state dict of a MoVQ."""
+    state_dict = released_state_dict(model)
+    content = state_dict if isinstance(model, VQModel) else {"unet": state_dict}
+    with new_file(path, overwrite=overwrite) as scratch:
+        torch.save(content, scratch)
+        read = read_content(scratch)
+        check_same_weights(state_dict, read if isinstance(model, VQModel) else read["unet"], path)
+
+
+def _read(
+    path: Path, model_class: type[Model], convert: Callable[[], Model], component: str
+) -> Model:
+    with _errors_begin_with(path):
+        if not path.is_dir():
+            return convert()
+        model = load_model(path, component)
+        if not isinstance(model, model_class):
+            raise ValueError(f"holds a {type(model).__name__}, not a {model_class.__name__}")
+        return model
+
+
+def _read_mask(path: Path) -> Tensor:
+    with _errors_begin_with(path):
+        mask = read_content(path)
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.is_floating_point():
+            raise ValueError("holds no mask: (1, n) integers or booleans")
+        return mask
+
+
+@contextmanager
+def _errors_begin_with(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: {error}") from error

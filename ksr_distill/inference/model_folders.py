@@ -1,0 +1,188 @@
+"""Model folders: written whole or not at all, and read back before anything is called done."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, VQModel
+from torch import Tensor
+
+from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
+
+HALF_VARIANT = "fp16"
+
+MODEL_CLASSES: dict[str, type[ModelMixin]] = {
+    model_class.__name__: model_class
+    for model_class in (KSRUNet, RefinerUNet, RefinerContext, VQModel)
+}
+
+
+@contextmanager
+def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes the target when the block ends without an error.
+
+    Until then it lies beside the target under another name; after an error nothing is left.
+
+    Args:
+        overwrite: Replace what is there; it stays until the new folder is complete.
+
+    Raises:
+        ValueError: If the target exists, is not empty, and may not be overwritten.
+    """
+    refuse_existing(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        folder = scratch / "new"
+        folder.mkdir()
+        yield folder
+        for path in [*folder.rglob("*"), folder]:
+            flush_to_disk(path)
+        if target.exists():
+            target.replace(scratch / "old")
+        folder.replace(target)
+        flush_to_disk(target.parent)
+    finally:
+        shutil.rmtree(scratch)
+
+
+@contextmanager
+def new_file(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a path that becomes the target when the block ends without an error.
+
+    Args:
+        overwrite: Replace the file that is there, in one step.
+    """
+    refuse_existing(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield scratch / target.name
+        flush_to_disk(scratch / target.name)
+        (scratch / target.name).replace(target)
+        flush_to_disk(target.parent)
+    finally:
+        shutil.rmtree(scratch)
+
+
+def refuse_existing(target: Path, *, overwrite: bool) -> None:
+    """Refuse a target with something in it: before the work, not after."""
+    is_taken = any(target.iterdir()) if target.is_dir() else target.exists()
+    if is_taken and not overwrite:
+        raise ValueError(f"{target} exists already; give another name, or --overwrite")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's or folder's content has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_model(model: ModelMixin, folder: Path, *, with_half: bool = False) -> None:
+    """Write a model's folder and read it back.
+
+    Args:
+        with_half: Add the ``fp16`` variant. The model itself is in half precision afterwards:
+            a second copy of three billion parameters would not fit everywhere.
+
+    Raises:
+        ValueError: If what is read back differs, or a weight overflows in half precision.
+    """
+    model.save_pretrained(folder)
+    _check_reads_back(model, folder, variant=None)
+    if with_half:
+        halve(model)
+        model.save_pretrained(folder, variant=HALF_VARIANT)
+        _check_reads_back(model, folder, variant=HALF_VARIANT)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, with_half: bool = False) -> None:
+    """Write a pipeline's folder and read its components back.
+
+    Args:
+        with_half: Add the ``fp16`` variant; see ``save_model``.
+
+    Raises:
+        ValueError: If what is read back differs, or a weight overflows in half precision.
+    """
+    models = {
+        name: component
+        for name, component in pipeline.components.items()
+        if isinstance(component, ModelMixin)
+    }
+    variants = [None, HALF_VARIANT] if with_half else [None]
+    for variant in variants:
+        if variant == HALF_VARIANT:
+            for model in models.values():
+                halve(model)
+        pipeline.save_pretrained(folder, variant=variant)
+        for name, model in models.items():
+            _check_reads_back(model, folder / name, variant=variant)
+    type(pipeline).from_pretrained(folder, local_files_only=True)
+
+
+def load_model(folder: Path, component: str | None = None) -> ModelMixin:
+    """Return the model of a model folder, or one component of a pipeline's folder.
+
+    Args:
+        component: The name of the subfolder where the folder is a pipeline's; ``sr`` by default.
+
+    Raises:
+        ValueError: If the folder is neither, or holds a class that is not one of ours.
+    """
+    if (folder / "model_index.json").is_file():
+        folder = folder / (component or "sr")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ValueError(f"{folder} is no model folder: config.json is missing")
+    class_name = json.loads(config_file.read_text()).get("_class_name")
+    if class_name not in MODEL_CLASSES:
+        raise ValueError(
+            f"{config_file} names the class {class_name}; known are {', '.join(MODEL_CLASSES)}"
+        )
+    return MODEL_CLASSES[class_name].from_pretrained(folder, local_files_only=True)
+
+
+def halve(model: ModelMixin) -> None:
+    """Bring a model to half precision in place, but for what its class keeps in float32.
+
+    Raises:
+        ValueError: If a weight is larger than half precision can hold (65504).
+    """
+    kept = tuple(model._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        if any(module in name.split(".") for module in kept):
+            continue
+        half = parameter.data.half()
+        if not bool(torch.isfinite(half).all()):
+            raise ValueError(f"{name} has values beyond 65504, which fp16 cannot hold")
+        parameter.data = half
+
+
+def _check_reads_back(model: ModelMixin, folder: Path, *, variant: str | None) -> None:
+    loaded = type(model).from_pretrained(folder, variant=variant, local_files_only=True)
+    check_same_weights(model.state_dict(), loaded.state_dict(), folder)
+
+
+def check_same_weights(
+    written: Mapping[str, Tensor], read: Mapping[str, Tensor], where: Path
+) -> None:
+    """Refuse weights that came back otherwise than they were written."""
+    differing = [
+        name
+        for name, value in written.items()
+        if name not in read or not torch.equal(value.float(), read[name].float())
+    ]
+    if differing or len(read) != len(written):
+        raise ValueError(
+            f"{where} reads back otherwise than it was written ({differing[:3]}); is the disk full "
+            "or broken?"
+        )
