@@ -37,6 +37,13 @@ def test_a_quarter_turn_swaps_the_axes():
     assert torch.allclose(gaussian(2.0, 1.0, angle=math.pi / 2), gaussian(1.0, 2.0), atol=1e-6)
 
 
+def test_an_eighth_turn_puts_the_long_axis_on_the_diagonal():
+    kernel = gaussian(3.0, 1.0, angle=math.pi / 4)[0]
+    # Two pixels along and two across: 8 / sigma^2 on the long axis, and on the short one.
+    assert float(kernel[12, 12] / kernel[10, 10]) == pytest.approx(math.exp(-8 / 9 / 2), rel=1e-4)
+    assert float(kernel[8, 12] / kernel[10, 10]) == pytest.approx(math.exp(-8 / 2), rel=1e-4)
+
+
 def test_the_general_forms_follow_their_equations():
     """Neighbour over centre at q = 1/4: exp(-q^beta / 2) and 1 / (1 + q^beta)."""
     for is_plateau, expected in [(False, math.exp(-(0.25**2) / 2)), (True, 1 / (1 + 0.25**2))]:
@@ -71,6 +78,11 @@ def test_images_that_were_not_chosen_stay_as_they_were():
     filtered = filter_where(images, torch.tensor([False, True]), kernels)
     assert torch.allclose(filtered[0], images[0], atol=1e-6)
     assert psnr(filtered[1], images[1]) < 35
+
+
+def test_the_border_of_a_flat_image_stays_flat():
+    flat = torch.full((1, 3, 32, 32), 0.5)
+    assert torch.allclose(filter_where(flat, torch.tensor([True]), gaussian(3.0, 3.0)), flat)
 
 
 def test_family_shares_that_do_not_sum_to_one_are_refused():

@@ -8,6 +8,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from ksr_distill.degradation import (
+    Blur,
+    DegradationPass,
+    Noise,
+    Resize,
+    SecondOrderDegradation,
+)
+from ksr_distill.degradation.jpeg import jpeg_round_trip
 from ksr_distill.randomness import generator_for
 from tests.degradation.pictures import picture, psnr
 
@@ -83,6 +91,37 @@ def test_second_order_keeps_the_place_of_things():
     centred = torch.fft.rfft2(clean - clean.mean()), torch.fft.rfft2(mean - mean.mean())
     correlation = torch.fft.irfft2(centred[0].conj() * centred[1])
     assert correlation.argmax() == 0
+
+
+def nothing_but_jpeg(quality):
+    """A pass without blur, resize and noise."""
+    return DegradationPass(
+        blur=Blur(0.0, 0.0, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0), (1.0, 1.0), (1.0, 1.0), (1.0, 1.0)),
+        resize=Resize((0.0, 0.0, 1.0), (1.0, 1.0)),
+        noise=Noise(1.0, 0.0, (0.0, 0.0), (0.0, 0.0)),
+        quality_min=quality,
+        quality_max=quality,
+    )
+
+
+def test_each_pass_compresses_every_sample_exactly_once_before_or_after_the_last_resize():
+    """At scale 1 every resize is the identity, and what is left is JPEG twice."""
+    degrade = SecondOrderDegradation(1, nothing_but_jpeg(90), nothing_but_jpeg(10), 0.0)
+    hires = picture(64, 64).repeat(16, 1, 1, 1)
+    expected = jpeg_round_trip(hires[:1], torch.tensor([90.0]))
+    expected = jpeg_round_trip(expected, torch.tensor([10.0]))
+    lowres = degrade(hires, generator=generator_for(0))
+    assert torch.allclose(lowres, expected.expand_as(lowres), atol=1e-5)
+
+
+def test_the_last_sinc_filter_comes_as_often_as_it_should():
+    degrade = [
+        SecondOrderDegradation(1, nothing_but_jpeg(100), nothing_but_jpeg(100), prob)
+        for prob in (0.0, 0.75)
+    ]
+    hires = picture(32, 32).repeat(200, 1, 1, 1)
+    without, some = (one(hires, generator=generator_for(0)) for one in degrade)
+    assert 0.65 < (without != some).flatten(1).any(1).float().mean() < 0.85
 
 
 def test_second_order_refuses_images_that_its_kernels_do_not_fit():

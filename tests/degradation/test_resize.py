@@ -61,6 +61,19 @@ def test_beyond_the_valid_corner_the_border_repeats():
     assert torch.equal(resized[..., 39:40].expand(-1, -1, -1, 81), resized[..., 39:])
 
 
+def test_what_lies_beyond_the_valid_corner_is_never_seen():
+    canvas = fill_canvas(picture(60, 80))._replace(
+        heights=torch.tensor([31.0]), widths=torch.tensor([40.0])
+    )
+    spoilt = canvas.images.clone()
+    spoilt[..., 31:, :] = 100.0
+    spoilt[..., 40:] = 100.0
+    for filter_ in Filter:
+        size = (torch.tensor([45.0]), torch.tensor([57.0])), (45, 57), torch.tensor([int(filter_)])
+        clean = resize_each(canvas, *size)
+        assert torch.allclose(clean, resize_each(canvas._replace(images=spoilt), *size), atol=1e-5)
+
+
 def test_there_and_back_again_is_the_same_picture():
     canvas = fill_canvas(picture(60, 80))
     sizes = (torch.tensor([90.0]), torch.tensor([120.0]))
