@@ -62,10 +62,5 @@ def approximate_r1_penalty(
     Both sets of scores must see the same timestep and the same noise, or the penalty measures
     those instead.
     """
-    return mean_square_difference(scores, perturbed)
-
-
-def mean_square_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """Return the mean over levels of the mean squared difference."""
-    pairs = zip(a, b, strict=True)
-    return torch.stack([(x.float() - y.float()).square().mean() for x, y in pairs]).mean()
+    pairs = zip(scores, perturbed, strict=True)
+    return torch.stack([(a.float() - b.float()).square().mean() for a, b in pairs]).mean()

@@ -82,6 +82,7 @@ class Critic(nn.Module):
     def __init__(self, trunk: KSRUNet, *, head_channels: int, normalise_features: bool) -> None:
         super().__init__()
         self.trunk = trunk.requires_grad_(False).eval()
+        self.encode = trunk.encode
         self.num_groups = trunk.config.num_groups
         self.normalise_features = normalise_features
         self.heads = CriticHeads(trunk.level_channels, channels=head_channels)
@@ -99,7 +100,7 @@ class Critic(nn.Module):
         lowres: Float[Tensor, "b 3 h w"],
     ) -> list[Tensor]:
         """Return what the heads read, per level; gradient flows to x_t, never to the trunk."""
-        levels = self.trunk.encode(x_t, t, lowres).levels
+        levels = self.encode(x_t, t, lowres).levels
         if not self.normalise_features:
             return list(levels)
         return [F.group_norm(level.float(), self.num_groups) for level in levels]

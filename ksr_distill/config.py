@@ -1,0 +1,175 @@
+"""What no single group can know: checks across groups, before a model is built or a GPU touched."""
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ALLOWED_TARGETS = ("ksr_distill.", "lightning.pytorch.")
+"""Nothing else is instantiated from a config: a `_target_` such as torch.load runs code."""
+
+
+def check_train_config(config: Mapping[str, Any]) -> None:
+    """Check everything that can be checked without building anything.
+
+    Args:
+        config: The resolved config of train.yaml.
+
+    Raises:
+        ValueError: One line: key, value, what is allowed, what to do.
+    """
+    check_targets(config)
+    check_whole_number(config, "num_updates", at_least=1)
+    check_whole_number(config, "scale", at_least=2)
+    check_whole_number(config, "seed", at_least=0)
+    check_whole_number(config, "log_every", at_least=1)
+    check_whole_number(config, "validate_every", at_least=1)
+    stride = model_stride(config)
+    crop_px = config["data"]["crop_px"]
+    multiple = math.lcm(stride, config["scale"])
+    if not isinstance(crop_px, int) or crop_px < multiple or crop_px % multiple:
+        nearest = max(multiple, int(float(crop_px)) // multiple * multiple)
+        raise ValueError(
+            f"data.crop_px={crop_px} is not a multiple of {multiple} (the U-Net's stride {stride} "
+            f"and scale {config['scale']}); use {nearest}"
+        )
+
+
+def model_stride(config: Mapping[str, Any]) -> int:
+    """Return the stride of the network that will be trained: of the teacher where there is one."""
+    if "teacher" not in config["module"]:
+        return 2 ** (len(config["model"]["channel_multipliers"]) - 1)
+    if config["teacher"] is None:
+        raise ValueError(
+            "teacher=null: a distillation needs a teacher's folder; train one with "
+            "+experiment=ksr_teacher and `ksr export` it, or `ksr convert sr-unet` a released "
+            "file, then give teacher=FOLDER"
+        )
+    teacher = json.loads(
+        (model_folder(config["teacher"], key="teacher") / "config.json").read_text()
+    )
+    return 2 ** (len(teacher["channel_multipliers"]) - 1)
+
+
+def model_folder(folder: str | Path, *, key: str) -> Path:
+    """Return the folder with a U-Net's config.json: the one given, or its ``sr`` subfolder.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    folder = Path(folder)
+    for candidate in (folder / "sr", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    state = "has no config.json and no sr/config.json" if folder.exists() else "does not exist"
+    raise ValueError(
+        f"{key}={folder} {state}; give a folder made by `ksr export` from a ksr_teacher run, or by "
+        "`ksr convert sr-unet` from released weights"
+    )
+
+
+def check_targets(config: Mapping[str, Any]) -> None:
+    """Refuse a `_target_` that is not ours: instantiating a config must never run foreign code."""
+    for key, target in targets(config):
+        if not str(target).startswith(ALLOWED_TARGETS):
+            raise ValueError(
+                f"{key}={target} may not be instantiated; use a class of "
+                f"{' or '.join(name + '*' for name in ALLOWED_TARGETS)}"
+            )
+
+
+def targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every (key, `_target_`) below a node."""
+    items = node.items() if isinstance(node, Mapping) else enumerate(node)
+    for key, value in items:
+        where = f"{path}.{key}" if path else str(key)
+        if key == "_target_":
+            yield where, value
+        elif isinstance(value, Mapping | list | tuple):
+            yield from targets(value, where)
+
+
+def check_whole_number(config: Mapping[str, Any], key: str, *, at_least: int) -> None:
+    """Refuse a value that is no integer, or too small."""
+    value = config[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{key}={value!r} is not allowed; use a whole number ≥ {at_least}")
+
+
+def num_processes(trainer: Mapping[str, Any]) -> int:
+    """Return how many processes will train, as far as it is known before they meet."""
+    for variable in ("WORLD_SIZE", "SLURM_NTASKS"):
+        if os.environ.get(variable, "").isdigit():
+            return int(os.environ[variable])
+    devices = trainer["devices"]
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        devices = len(devices)
+    return (devices if isinstance(devices, int) and devices > 0 else 1) * trainer["num_nodes"]
+
+
+def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) -> None:
+    """Compose once, only to say in one line what Hydra says in six; sweeps are left to Hydra.
+
+    Args:
+        arguments: Of the command line.
+        folder: The conf/ folder.
+
+    Raises:
+        ValueError: If an override names no key, no group or no option; it names the nearest.
+    """
+    from hydra import compose, initialize_config_dir  # noqa: PLC0415 - inference never gets here
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: PLC0415
+    from hydra.errors import HydraException  # noqa: PLC0415
+
+    texts = [text for text in arguments if not text.startswith("-")]
+    try:
+        parsed = OverridesParser.create().parse_overrides(texts)
+        kept = [o.input_line for o in parsed if not o.is_sweep_override()]
+        for override in parsed:
+            if override.is_add() and not str(override.key_or_group).startswith(EXTENSIBLE):
+                raise ValueError(
+                    f"{override.input_line}: a plus adds a key that nobody reads; drop it to "
+                    f"change {override.key_or_group}, or use it for {', '.join(EXTENSIBLE)}"
+                )
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            groups = [text for text in kept if text.startswith("+")]
+            known = compose(config_name, groups)
+            compose(config_name, kept)
+    except HydraException as error:
+        raise ValueError(explain(error, known if "known" in locals() else {})) from error
+
+
+EXTENSIBLE = ("experiment", "sweep", "launcher", "trainer", "callbacks", "logger", "hydra")
+"""Where a plus on the command line may add something."""
+
+
+def explain(error: BaseException, known: Mapping[str, Any]) -> str:
+    """Return Hydra's message in one line, with the key that was probably meant."""
+    text = " ".join(one_line(part) for part in (error, error.__cause__) if part is not None)
+    missing = re.search(r"full_key: (\S+)", text)
+    if missing is None:
+        return text
+    *parents, key = missing[1].split(".")
+    node: Any = known
+    for parent in parents:
+        node = node[parent]
+    names = [str(name) for name in node]
+    close = difflib.get_close_matches(key, names, n=1)
+    remedy = f"did you mean {'.'.join([*parents, close[0]])}?" if close else f"use one of {names}"
+    return f"{missing[1]} is no key of the config; {remedy}"
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks, of the innermost cause."""
+    return " ".join(str(error).split())
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return what an error was raised from, at the bottom."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -1,0 +1,1 @@
+"""Training: the two LightningModules, and what keeps a run alive."""

@@ -1,0 +1,74 @@
+"""How the student's terms are weighed against each other: by their push on the picture."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+
+NORM_MEMORY = 0.99
+"""How much of a term's running mean square survives an update; judgement, not tuned."""
+
+
+class GradientBalance(nn.Module):
+    """Scales each term's gradient at pred_x_0 by its running norm, then adds them up.
+
+    The norms are those of *earlier* updates, averaged over all ranks and micro-batches. So the
+    gradient of a global batch does not depend on how it is cut into ranks and micro-batches. The
+    unit is the gradient of a mean L1: a weight of 0.5 pushes half as hard as a plain L1 would.
+
+    Args:
+        weights: By term; those of weight 0 are left out.
+        enabled: If off, the terms are simply weighted.
+    """
+
+    mean_squares: Tensor
+    num_turns: Tensor
+
+    def __init__(self, weights: Mapping[str, float], *, enabled: bool) -> None:
+        super().__init__()
+        self.weights = {name: weight for name, weight in weights.items() if weight}
+        self.enabled = enabled
+        self.register_buffer("mean_squares", torch.zeros(len(self.weights)))
+        self.register_buffer("num_turns", torch.zeros(()))
+        self._measured: list[Tensor] = []
+
+    def push(
+        self, losses: Mapping[str, Tensor], pred_x_0: Float[Tensor, "b 3 H W"]
+    ) -> Float[Tensor, "b 3 H W"]:
+        """Return the weighted sum of the terms' gradients at pred_x_0; zero in the first turn.
+
+        Args:
+            losses: Means over the micro-batch, by term; their graphs are kept.
+        """
+        batch, numel = pred_x_0.shape[0], pred_x_0[0].numel()
+        total, measured = torch.zeros_like(pred_x_0), []
+        for i, (name, weight) in enumerate(self.weights.items()):
+            (gradient,) = torch.autograd.grad(losses[name], pred_x_0, retain_graph=True)
+            measured.append(gradient.square().sum() * batch)
+            total += weight * gradient * (self._scale(i, numel) if self.enabled else 1.0)
+        self._measured.append(torch.stack(measured))
+        return total
+
+    def end_turn(self) -> dict[str, Tensor]:
+        """Fold this turn's norms into the running ones; return the running ones by term."""
+        measured = torch.stack(self._measured).mean(dim=0)
+        self._measured.clear()
+        if dist.is_initialized():
+            dist.all_reduce(measured)
+            measured /= dist.get_world_size()
+        # A non-finite gradient skips its update; it must not stay in the norms for ever either.
+        kept = torch.where(measured.isfinite(), measured, self._unbiased())
+        self.mean_squares.lerp_(kept, 1 - NORM_MEMORY)
+        self.num_turns += 1
+        norms = self._unbiased().sqrt()
+        return {f"health/push_{name}": norms[i] for i, name in enumerate(self.weights)}
+
+    def _unbiased(self) -> Float[Tensor, " terms"]:
+        seen = 1 - NORM_MEMORY**self.num_turns
+        return torch.where(self.num_turns > 0, self.mean_squares / seen, self.mean_squares)
+
+    def _scale(self, index: int, numel: int) -> Float[Tensor, ""]:
+        norm = self._unbiased()[index].sqrt()
+        return torch.where(self.num_turns > 0, 1 / (norm * numel**0.5 + 1e-12), 0.0)

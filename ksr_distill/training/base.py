@@ -1,0 +1,243 @@
+"""What both trainings share: seeded draws, updates that skip non-finite gradients, checkpoints."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from ksr_distill.randomness import Stream, generator_for
+from ksr_distill.training.ema import ema_decay, update_ema
+from ksr_distill.training.settings import PlayerOptim
+from ksr_distill.types import Batch
+
+log = logging.getLogger(__name__)
+
+
+class UpdateModule(LightningModule):
+    """A LightningModule whose unit is the update: one training_step, one item of the loader.
+
+    Every random draw is a function of (seed, stream, update, micro-batch), so the whole state of a
+    run is its weights, averages, optimisers and a few integers.
+
+    Args:
+        seed: The run's seed.
+        num_updates: Length of the run; learning rates that fall end with it.
+        ema_decay: Final decay of the averaged network.
+        compile_networks: torch.compile what carries gradients; worth its minute from some hundred
+            updates on.
+        record: What an exported folder must know, e.g. the resolved config. Plain types.
+    """
+
+    averaged: str
+    """Name of the network that is averaged; its average is ``{averaged}_ema``."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        num_updates: int,
+        ema_decay: float,
+        compile_networks: bool,
+        record: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.seed = seed
+        self.num_updates = num_updates
+        self.ema_decay = ema_decay
+        self.compile_networks = compile_networks
+        self.record = {"seed": seed, **record}
+        self.update = 0
+        self.network_updates: dict[str, int] = {}
+        self.last_values: dict[str, Tensor] = {}
+        self.previews: list[dict[str, Tensor]] = []
+        self._wrapped: dict[str, nn.Module] = {}
+        self._optim: dict[str, PlayerOptim] = {}
+
+    def add_network(self, name: str, network: nn.Module, optim: PlayerOptim) -> None:
+        """Register a network that is trained, under its name."""
+        self._optim[name] = optim
+        self.set_wrapped(name, network)
+        self.network_updates[name] = 0
+        num = len(self._optim)
+        self.register_buffer("skipped_updates", torch.zeros(num, dtype=torch.int64))
+        self.register_buffer("skipped_in_a_row", torch.zeros(num, dtype=torch.int64))
+
+    def trainable_networks(self) -> dict[str, nn.Module]:
+        """Return the networks that gradients flow into, by name, in the order of their turns."""
+        raise NotImplementedError
+
+    def set_wrapped(self, name: str, wrapped: nn.Module) -> None:
+        """Use this wrapper (DDP, compiled) for gradient-carrying forwards of a network."""
+        self._wrapped[name] = torch.compile(wrapped) if self.compile_networks else wrapped
+
+    def wrapped(self, name: str) -> nn.Module:
+        """Return the network as gradient-carrying forwards should call it."""
+        return self._wrapped[name]
+
+    def average_of(self, network: nn.Module) -> nn.Module:
+        """Return a frozen copy that will follow the network."""
+        return copy.deepcopy(network).requires_grad_(False).eval()
+
+    @property
+    def frozen_prefix(self) -> str | None:
+        """Prefix of state_dict keys that never change and are not saved."""
+        return None
+
+    # ---- draws and micro-batches -----------------------------------------------------------------
+
+    def shared_generator(self, stream: Stream) -> torch.Generator:
+        """Return this update's generator for what all ranks and micro-batches must agree on."""
+        return generator_for(self.seed, stream, self.update)
+
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, torch.Generator]]:
+        """Yield this rank's micro-batches, each with its own generator on the device.
+
+        Micro-batch m of the update is number rank·accumulate + i: the same global batch gives the
+        same draws on any number of ranks.
+        """
+        accumulate = self.accumulate
+        pieces = zip(*(tensor.chunk(accumulate) for tensor in batch), strict=True)
+        for i, piece in enumerate(pieces):
+            micro_batch = self.global_rank * accumulate + i
+            generator = generator_for(
+                self.seed, Stream.TURN, self.update, micro_batch, device=self.device
+            )
+            yield Batch(*piece), generator
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches of one update on this rank."""
+        return getattr(self.trainer.datamodule, "accumulate", 1) if self._trainer else 1
+
+    def no_sync_but_last(self, name: str, index: int, count: int) -> Any:
+        """Return a context in which gradients stay local until the last micro-batch."""
+        wrapped = self.wrapped(name)
+        if index < count - 1 and hasattr(wrapped, "no_sync"):
+            return wrapped.no_sync()
+        return nullcontext()
+
+    # ---- one optimiser step ----------------------------------------------------------------------
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return one AdamW per network; fused, because it can skip an update on the device."""
+        return [
+            torch.optim.AdamW(
+                network.parameters(),
+                lr=self._optim[name].learning_rate,
+                betas=tuple(self._optim[name].betas),
+                weight_decay=self._optim[name].weight_decay,
+                fused=True,
+            )
+            for name, network in self.trainable_networks().items()
+        ]
+
+    def learning_rate(self, name: str) -> float:
+        """Return a network's rate in its next update."""
+        return self._optim[name].rate(self.network_updates[name], self.update / self.num_updates)
+
+    def step(self, name: str) -> Float[Tensor, ""]:
+        """Clip and apply a network's gradients unless they are not finite; return their norm.
+
+        A skipped update leaves weights, moments and average as they are. Nobody waits for the
+        device: the optimiser itself reads ``found_inf`` there.
+        """
+        index = list(self._optim).index(name)
+        optim, network = self._optim[name], self.trainable_networks()[name]
+        optimizers = self.optimizers()
+        optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
+        for group in optimizer.param_groups:
+            group["lr"] = self.learning_rate(name)
+        norm = nn.utils.clip_grad_norm_(network.parameters(), optim.clip_norm)
+        found_inf = (~torch.isfinite(norm)).float()
+        optimizer.optimizer.found_inf = found_inf
+        optimizer.step()
+        optimizer.zero_grad()
+        self.network_updates[name] += 1
+        self.skipped_updates[index] += found_inf.long()
+        self.skipped_in_a_row[index] = (self.skipped_in_a_row[index] + 1) * found_inf.long()
+        if name == self.averaged:
+            decay = ema_decay(self.network_updates[name], self.ema_decay)
+            update_ema(getattr(self, f"{name}_ema"), network, decay=decay, moved=1 - found_inf)
+        return norm
+
+    def end_update(self, values: dict[str, Tensor]) -> None:
+        """Count the update; keep its figures on the device for whoever wants to log them."""
+        self.last_values = {name: value.detach() for name, value in values.items()}
+        self.update += 1
+
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return what training changes: without frozen weights."""
+        state = super().state_dict(*args, **kwargs)
+        if self.frozen_prefix is None:
+            return state
+        return {k: v for k, v in state.items() if not k.startswith(self.frozen_prefix)}
+
+    def load_state_dict(
+        self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load what ``state_dict`` returned, strictly.
+
+        Raises:
+            ValueError: If the checkpoint is of another model; names the first differing keys.
+        """
+        mine = self.state_dict()
+        differing = sorted(
+            (mine.keys() ^ state_dict.keys())
+            | {k for k in mine.keys() & state_dict.keys() if mine[k].shape != state_dict[k].shape}
+        )
+        if differing:
+            raise ValueError(
+                f"the checkpoint is of another model: {len(differing)} keys differ in name or "
+                f"shape ({', '.join(differing[:4])}, …); resume with the config that wrote it, or "
+                "use another name= to start anew"
+            )
+        frozen = {k: v for k, v in super().state_dict().items() if k not in mine}
+        return super().load_state_dict({**frozen, **state_dict}, strict, assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the counters and the record that export needs."""
+        checkpoint["ksr"] = {
+            **copy.deepcopy(self.record),
+            "update": self.update,
+            "network_updates": dict(self.network_updates),
+            "metrics": {
+                k: float(v)
+                for k, v in self.trainer.callback_metrics.items()
+                if k.startswith("val/")
+            },
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the counters back.
+
+        Raises:
+            ValueError: If the run was started with another seed or another teacher.
+        """
+        saved = checkpoint["ksr"]
+        for key in ("kind", "seed", "teacher_fingerprint"):
+            if saved.get(key) != self.record.get(key):
+                raise ValueError(
+                    f"the checkpoint was made with {key}={saved.get(key)!r}, this run has "
+                    f"{self.record.get(key)!r}; give the same, or use another name= to start anew"
+                )
+        self.update = saved["update"]
+        self.network_updates = dict(saved["network_updates"])
+        log.info("resuming %s after update %d", self.record["kind"], self.update)
+
+    # ---- logging ---------------------------------------------------------------------------------
+
+    def log_values(self, values: dict[str, Tensor | float]) -> None:
+        """Write scalars to all loggers at this update. Waits for the device: call it rarely."""
+        if self.trainer.is_global_zero:
+            numbers = {name: float(value) for name, value in values.items()}
+            for logger in self.trainer.loggers:
+                logger.log_metrics(numbers, step=self.update)

@@ -1,0 +1,93 @@
+"""From a config's leaves to the two modules: the `_target_`s of conf/module."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+
+from ksr_distill.diffusion import student_timesteps
+from ksr_distill.models import Critic, KSRUNet
+from ksr_distill.randomness import Stream, generator_for
+from ksr_distill.training.distillation import DistillationModule
+from ksr_distill.training.teacher import TeacherModule
+
+
+def teacher_folder(folder: str | Path) -> Path:
+    """Return the folder that holds a teacher's config.json: itself, or its ``sr`` subfolder.
+
+    Raises:
+        ValueError: If neither is there.
+    """
+    folder = Path(folder)
+    for candidate in (folder / "sr", folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    state = "has no config.json and no sr/config.json" if folder.exists() else "does not exist"
+    raise ValueError(
+        f"teacher={folder} {state}; give a folder made by `ksr export` from a ksr_teacher run, or "
+        "by `ksr convert sr-unet` from released weights"
+    )
+
+
+def teacher_module(*, model: dict[str, Any], channels_last: bool, **rest: Any) -> TeacherModule:
+    """Return the module of a teacher run: a new network, initialised from the seed alone."""
+    with seeded_initialisation(rest["seed"]):
+        unet = KSRUNet(**model)
+    return TeacherModule(unet=in_memory_format(unet, channels_last), **rest)
+
+
+def distillation_module(
+    *,
+    teacher: str,
+    dropout: float,
+    head_channels: int,
+    normalise_features: bool,
+    num_inference_steps: int,
+    channels_last: bool,
+    **rest: Any,
+) -> DistillationModule:
+    """Return the module of a distillation: student and critic's trunk start from the teacher.
+
+    Args:
+        teacher: A model folder.
+        dropout: Of the student; 0, or the steps would disagree with inference.
+    """
+    folder = teacher_folder(teacher)
+    trunk = KSRUNet.from_pretrained(folder, dropout=0.0, low_cpu_mem_usage=False)
+    student = KSRUNet.from_pretrained(folder, dropout=dropout, low_cpu_mem_usage=False)
+    with seeded_initialisation(rest["seed"]):
+        critic = Critic(trunk, head_channels=head_channels, normalise_features=normalise_features)
+    rest["record"] = {**rest["record"], "teacher_fingerprint": fingerprint(trunk)}
+    in_memory_format(critic, channels_last)
+    return DistillationModule(
+        student=in_memory_format(student, channels_last).train(),
+        critic=critic,
+        timesteps=student_timesteps(num_inference_steps),
+        **rest,
+    )
+
+
+@contextmanager
+def seeded_initialisation(seed: int) -> Iterator[None]:
+    """Make new weights depend on the seed alone; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator_for(seed, Stream.INITIALISATION).initial_seed())
+        yield
+
+
+def in_memory_format(network: torch.nn.Module, channels_last: bool) -> torch.nn.Module:
+    """Return the network with its convolutions' weights in the format asked for."""
+    return network.to(memory_format=torch.channels_last) if channels_last else network
+
+
+def fingerprint(network: ModelMixin) -> str:
+    """Return a hash of a network's weights: a run is continued with the teacher it began with."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

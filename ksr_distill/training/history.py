@@ -1,0 +1,69 @@
+"""Curves in a file that survives a resume: one row a value, ``update,metric,value``."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+HEADER = ("update", "metric", "value")
+
+
+class MetricsCSV(Logger):
+    """Appends to ``metrics.csv``. Lightning's own CSVLogger deletes the curves at a resume.
+
+    Args:
+        folder: The run's folder; the file lies in it from the first value on.
+    """
+
+    def __init__(self, *, folder: str) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._continues = False
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        """Fixed: the same command continues the same file."""
+        return ""
+
+    @property
+    def log_dir(self) -> str:
+        """The run's folder."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the run's folder holds the resolved config."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append the values of an update; a resumed run first drops rows from its update on."""
+        if not metrics:
+            return
+        update = int(step or 0)
+        if not self._continues:
+            self._drop_from(update)
+            self._continues = True
+        with self.path.open("a", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows((update, name, f"{value:.7g}") for name, value in metrics.items())
+
+    def _drop_from(self, update: int) -> None:
+        """Keep the rows before this update: a run that was killed wrote beyond its checkpoint."""
+        rows: list[list[str]] = []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                rows = [row for row in list(csv.reader(file))[1:] if len(row) == len(HEADER)]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(HEADER)
+            writer.writerows(row for row in rows if int(row[0]) < update)
+        temporary.replace(self.path)

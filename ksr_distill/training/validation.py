@@ -1,0 +1,114 @@
+"""Validation: the averaged network's samples on fixed pictures, with fixed noise."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from ksr_distill.diffusion import NoiseSchedule, noise_from, sample_few_steps, sample_teacher
+from ksr_distill.evaluation.distributions import sliced_wasserstein
+from ksr_distill.evaluation.metrics import (
+    checkerboard_peaks,
+    lowres_consistency_psnr,
+    psnr_y,
+    top_octave_power_ratio,
+)
+from ksr_distill.randomness import Stream, generator_for
+from ksr_distill.types import Batch, Denoiser, NoiseSource
+
+if TYPE_CHECKING:
+    from ksr_distill.training.base import UpdateModule
+
+Sampler = Callable[[Tensor, NoiseSource], Tensor]
+"""(lowres, noise source of the output's size) → pred_x_0."""
+
+NUM_PREVIEWS = 4
+PREVIEW_PX = 384
+
+
+def few_step_sampler(
+    denoise: Denoiser, schedule: NoiseSchedule, timesteps: Sequence[int]
+) -> Sampler:
+    """Return the one few-step loop with its network and timesteps filled in."""
+    return lambda lowres, draw_noise: sample_few_steps(
+        denoise, lowres, timesteps=timesteps, schedule=schedule, draw_noise=draw_noise
+    )
+
+
+def five_step_sampler(teacher: Denoiser) -> Sampler:
+    """Return the teacher's released sampler."""
+    return lambda lowres, draw_noise: sample_teacher(teacher, lowres, start=draw_noise(0))
+
+
+@torch.no_grad()
+def validate_batch(
+    module: "UpdateModule", batch: Batch, batch_idx: int, samplers: Mapping[str, Sampler]
+) -> None:
+    """Log the metrics of every sampler; keep the first pictures for the previews.
+
+    The noise is a function of the picture's number alone, so that two validations differ by the
+    weights and by nothing else.
+
+    Args:
+        samplers: The first is what is judged: its metrics are called ``val/psnr_y`` and so on; the
+            others' are prefixed by their name.
+    """
+    hires, lowres = batch
+    pictures = {}
+    for i, (name, sample) in enumerate(samplers.items()):
+        generator = generator_for(module.seed, Stream.PREVIEW, batch_idx, device=hires.device)
+        image = sample(lowres, noise_from(generator, hires.shape, device=hires.device))
+        pictures[name] = image.clamp(-1, 1)
+        prefix = "val" if i == 0 else f"val/{name}"
+        for metric, value in picture_metrics(image, hires, module.scale, batch_idx).items():
+            module.log(f"{prefix}/{metric}", value, batch_size=len(hires), sync_dist=True,
+                       logger=False, add_dataloader_idx=False)  # fmt: skip
+    if batch_idx < NUM_PREVIEWS:
+        module.previews.append({"lowres": lowres, **pictures, "hires": hires})
+
+
+def picture_metrics(
+    image: Float[Tensor, "b 3 H W"], hires: Float[Tensor, "b 3 H W"], scale: int, number: int
+) -> dict[str, Tensor]:
+    """Return the batch's means of what is watched during training."""
+    image = image.clamp(-1, 1)
+    distances = [
+        sliced_wasserstein(a[None], b[None], generator=generator_for(number, Stream.EVALUATION))
+        for a, b in zip(image, hires, strict=True)
+    ]
+    return {
+        "psnr_y": psnr_y(image, hires, border_px=scale).mean(),
+        "top_octave_power_ratio": top_octave_power_ratio(image, hires).mean(),
+        "lowres_consistency_psnr": lowres_consistency_psnr(image, hires, scale=scale).mean(),
+        "checkerboard_peak": checkerboard_peaks(image, hires).amax(dim=1).mean(),
+        "swd": torch.stack(distances).mean(),
+    }
+
+
+def save_previews(previews: Sequence[Mapping[str, Tensor]], path: Path) -> None:
+    """Write a sheet: a row a picture, lowres | what was sampled | hires, centre crops."""
+    rows = [torch.cat([_tile(image) for image in row.values()], dim=2) for row in previews]
+    width = max(row.shape[2] for row in rows)
+    padded = [torch.nn.functional.pad(row, (0, width - row.shape[2])) for row in rows]
+    sheet = torch.cat(padded, dim=1).permute(1, 2, 0).add(1).mul(127.5).round().byte()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.png")
+    Image.fromarray(sheet.cpu().numpy()).save(temporary)
+    temporary.replace(path)
+
+
+def _tile(image: Tensor) -> Float[Tensor, "3 {PREVIEW_PX} {PREVIEW_PX}"]:
+    """Return the first image's centre at PREVIEW_PX; smaller images are enlarged by repetition."""
+    image = image[:1].float().clamp(-1, 1)
+    side = min(image.shape[-2:])
+    repeat = max(1, PREVIEW_PX // side)
+    image = image.repeat_interleave(repeat, dim=2).repeat_interleave(repeat, dim=3)
+    height, width = image.shape[-2:]
+    top, left = max(0, height - PREVIEW_PX) // 2, max(0, width - PREVIEW_PX) // 2
+    image = image[0, :, top : top + PREVIEW_PX, left : left + PREVIEW_PX]
+    right, bottom = PREVIEW_PX - image.shape[2], PREVIEW_PX - image.shape[1]
+    return torch.nn.functional.pad(image, (0, right, 0, bottom), value=-1.0)

@@ -1,0 +1,74 @@
+"""Train a teacher or distil it: `python train.py +experiment=ksr_flash teacher=… data.shards=…`.
+
+The same command resumes. The algorithm: `ksr_distill/training/distillation.py`, `training_step`.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("WDS_SECURE", "1")  # before webdataset: no pipe: URLs, no pickles
+
+import hydra
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig, OmegaConf
+
+from ksr_distill.config import (
+    check_overrides,
+    check_train_config,
+    num_processes,
+    one_line,
+    root_cause,
+)
+from ksr_distill.training.checkpoint_folder import last_good_checkpoint, update_of_file
+from ksr_distill.training.strategy import PerNetworkDDP
+
+CONF = Path(__file__).resolve().parent / "conf"
+
+
+def train(config: dict[str, Any]) -> None:
+    """Check, build, and fit from the last good checkpoint on."""
+    check_train_config(config)
+    datamodule = instantiate(config["data"], _convert_="all")
+    datamodule.check(world_size=num_processes(config["trainer"]))
+
+    torch.set_float32_matmul_precision("high")  # the critic's heads are float32
+    checkpoint = last_good_checkpoint(Path(config["callbacks"]["checkpoint"]["folder"]))
+    datamodule.start_update = update_of_file(checkpoint) if checkpoint else 0
+    build = instantiate(config["module"], _partial_=True, _convert_="all")
+    module = build(record={"config": config})
+    make_trainer(config).fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+
+
+def make_trainer(config: dict[str, Any]) -> Trainer:
+    """Return the Trainer: with one DDP per network where several processes share the work."""
+    settings = config["trainer"]
+    if settings["strategy"] == "auto" and num_processes(settings) > 1:
+        settings = {**settings, "strategy": PerNetworkDDP()}
+    callbacks, loggers = (
+        [instantiate(node, _convert_="all") for node in config[group].values() if node]
+        for group in ("callbacks", "logger")
+    )
+    return instantiate(settings, callbacks=callbacks, logger=loggers, _convert_="all")
+
+
+@hydra.main(config_path="conf", config_name="train", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Compose the config; show a user's mistake in one line."""
+    try:
+        train(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    except Exception as error:
+        if not isinstance(root_cause(error), ValueError | OSError):
+            raise
+        sys.exit(f"error: {one_line(root_cause(error))}")
+
+
+if __name__ == "__main__":
+    try:
+        check_overrides("train", sys.argv[1:], CONF)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    main()
