@@ -106,7 +106,8 @@ class Tiling:
     """How a canvas is cut.
 
     Attributes:
-        tile_px: Side of a tile in output pixels of a pass.
+        tile_px: Largest side of a tile in output pixels of a pass; each pass rounds it down to its
+            network's stride.
         overlap_px: Width of the blended ramps; null means an eighth of the tile.
         batch: Tiles at once.
     """
@@ -118,7 +119,8 @@ class Tiling:
     def plan(self, height: int, width: int, tile_pass: TilePass) -> TilePlan:
         """Return the tiles of a pass whose output has this size, before padding."""
         align = tile_pass.align
-        tile_px = min(self.tile_px, tile_pass.largest_tile_px or self.tile_px)
+        largest = min(self.tile_px, tile_pass.largest_tile_px or self.tile_px)
+        tile_px = largest // align * align or self.tile_px
         overlap_px = tile_px // 8 if self.overlap_px is None else self.overlap_px
         return plan_tiles(
             math.ceil(height / align) * align,

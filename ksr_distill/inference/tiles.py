@@ -22,6 +22,8 @@ from torch import Tensor
 
 from ksr_distill.inference.noise import Window
 
+SIDE_QUANTUM_PX = 64
+
 
 @dataclass(frozen=True)
 class AxisPlan:
@@ -71,11 +73,25 @@ def rising(width: int) -> Float[Tensor, " n"]:
 
 
 def plan_axis(length: int, *, tile: int, overlap: int, align: int) -> AxisPlan:
-    """Return the fewest tiles that cover the length; every start is a multiple of ``align``."""
+    """Return the fewest tiles that cover the length, and no larger than it takes.
+
+    Every start is a multiple of ``align``. Sides are multiples of about SIDE_QUANTUM_PX: that keeps
+    the shapes few that a compiled network meets.
+
+    Args:
+        tile: The largest side. With 1024 and an overlap of 128, a length of 2048 becomes three
+            tiles of 768.
+    """
     if length <= tile:
         return AxisPlan(length, length, overlap, (0,))
     longest_step = (tile - overlap) // align * align
     count = math.ceil((length - tile) / longest_step) + 1
+    quantum = math.ceil(SIDE_QUANTUM_PX / align) * align
+    smallest = max((length + (count - 1) * overlap) / count, 4 * overlap)
+    largest, tile = tile, math.ceil(smallest / quantum) * quantum
+    while math.ceil((length - tile) / align / (count - 1)) * align > tile - overlap:
+        tile += quantum
+    tile = min(tile, largest)
     steps = (length - tile) // align
     starts = tuple(i * steps // (count - 1) * align for i in range(count))
     return AxisPlan(length, tile, overlap, starts)

@@ -1,0 +1,229 @@
+"""Any picture file as a raster: what its mode, depth, orientation and profile say is respected."""
+
+import math
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyvips
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ksr_distill.inference.noise import Window
+
+DEFAULT_MAX_MEGAPIXELS = 120.0
+"""Above any camera's; Pillow's own limit lets 689 MB pass without a word."""
+
+SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm",
+            ".ppm", ".tga", ".tif", ".tiff", ".webp")  # fmt: skip
+"""What a folder is searched for. A single file may have any name."""
+
+BLEED_SIGMAS = (32.0, 8.0, 2.0)
+"""How far colour bleeds into transparent places, far to near, in pixels of the source."""
+
+KEPT_METADATA = ("icc-profile-data", "exif-", "xmp-data", "iptc-data")
+
+
+@dataclass(frozen=True)
+class VipsRaster:
+    """The bands of a vips image as values in [-1, 1]; it is decoded where it is read."""
+
+    image: pyvips.Image
+    peak: float
+    channels: int = 3
+
+    @property
+    def height(self) -> int:
+        """Rows."""
+        return self.image.height
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.image.width
+
+    def read(self, window: Window) -> Float[Tensor, "c h w"]:
+        """Return a window; one band stands for all channels.
+
+        Raises:
+            ValueError: If the file turns out to be broken here.
+        """
+        region = self.image.crop(window.left, window.top, window.width, window.height)
+        try:
+            array = region.numpy()
+        except pyvips.Error as error:
+            raise ValueError(f"the picture is broken: {in_one_line(error)}") from error
+        array = array.reshape(window.height, window.width, -1).astype(np.float32)
+        pixels = torch.from_numpy(array).permute(2, 0, 1) * (2 / self.peak) - 1
+        return pixels.expand(self.channels, -1, -1).contiguous()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture file, ready to be read by windows.
+
+    Attributes:
+        colour: What the network sees: three channels. Transparent places carry the colour of
+            what is next to them, so that nothing hidden bleeds into visible edges.
+        alpha: One channel, or nothing.
+        is_grey: Whether the file has one colour band.
+        bits: 8 or 16.
+        metadata: ICC profile, EXIF, XMP, IPTC, by libvips' names, with their types.
+        resolution: Pixels per millimetre, across and down.
+        notes: What the user should know, in one line each.
+    """
+
+    path: Path
+    colour: VipsRaster
+    alpha: VipsRaster | None
+    is_grey: bool
+    bits: int
+    metadata: dict[str, tuple[int, object]] = field(repr=False)
+    resolution: tuple[float, float]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def height(self) -> int:
+        """Rows, upright."""
+        return self.colour.height
+
+    @property
+    def width(self) -> int:
+        """Columns, upright."""
+        return self.colour.width
+
+
+def open_picture(path: Path, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) -> Picture:
+    """Return a picture, upright.
+
+    Raises:
+        ValueError: If the file is no picture, is broken, or is larger than the limit.
+        OSError: If the file cannot be read.
+    """
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} has zero bytes; it is no picture")
+    pyvips.block_untrusted_set(True)
+    try:
+        image = _decoded(path, max_megapixels)
+        notes = _notes(image)
+        image = _plain(image.autorot())
+        # Most formats decode as a whole at the first pixel: a broken file is found here.
+        image.crop(0, 0, 1, 1).avg()
+        return _as_picture(path, image, notes)
+    except pyvips.Error as error:
+        raise ValueError(f"{path} cannot be read as a picture: {in_one_line(error)}") from error
+
+
+def _decoded(path: Path, max_megapixels: float) -> pyvips.Image:
+    """Return the file's image, from Pillow where libvips does not know the format (BMP, PPM, …)."""
+    if pyvips.base.vips_lib.vips_foreign_find_load(str(path).encode()) == pyvips.ffi.NULL:
+        return _decoded_by_pillow(path, max_megapixels)
+    image = pyvips.Image.new_from_file(str(path), access="random", fail_on="error")
+    _check_size(path, image.width, image.height, max_megapixels)
+    return image
+
+
+def _decoded_by_pillow(path: Path, max_megapixels: float) -> pyvips.Image:
+    try:
+        with PIL.Image.open(path) as image:
+            _check_size(path, *image.size, max_megapixels)
+            if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
+                image = image.convert("RGBA" if image.has_transparency_data else "RGB")  # noqa: PLW2901
+            return pyvips.Image.new_from_array(np.asarray(image))
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(f"{path} cannot be read as a picture: unknown format") from error
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(f"{path} has too many pixels: {error}") from error
+    except (SyntaxError, struct.error) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def in_one_line(error: pyvips.Error) -> str:
+    """Return libvips' own words, without its line breaks and repetitions."""
+    lines = dict.fromkeys(line.strip() for line in (error.detail or str(error)).splitlines())
+    return "; ".join(line for line in lines if line) or "unknown format"
+
+
+def _check_size(path: Path, width: int, height: int, max_megapixels: float) -> None:
+    megapixels = width * height / 1e6
+    if megapixels > max_megapixels:
+        raise ValueError(
+            f"{path} has {width}×{height} = {megapixels:.0f} megapixels, more than "
+            f"{max_megapixels:g}; if that is meant, use --max-megapixels {math.ceil(megapixels)}"
+        )
+
+
+def _notes(image: pyvips.Image) -> tuple[str, ...]:
+    fields = image.get_fields()
+    if "n-pages" in fields and image.get("n-pages") > 1:
+        return (f"has {image.get('n-pages')} frames or pages; only the first is used",)
+    return ()
+
+
+def _plain(image: pyvips.Image) -> pyvips.Image:
+    """Return grey or RGB of 8 or 16 bits, with alpha if there was one."""
+    if image.interpretation == "cmyk":
+        # By the file's own profile, or libvips' generic one. The result is sRGB.
+        image = image.icc_transform("srgb", embedded=True, input_profile="cmyk")
+    elif image.interpretation in ("lab", "labs", "labq", "xyz", "lch", "hsv"):
+        image = image.colourspace("srgb")
+    elif image.interpretation == "scrgb":
+        image = image.colourspace("rgb16")
+    if image.format not in ("uchar", "ushort") or image.bands > 4:
+        raise ValueError(
+            f"{image.filename or 'the picture'} has {image.bands} bands of {image.format} samples; "
+            "pictures of up to 4 bands with 8 or 16 bits are read, convert it first"
+        )
+    return image
+
+
+def _as_picture(path: Path, image: pyvips.Image, notes: tuple[str, ...]) -> Picture:
+    bits = 8 if image.format == "uchar" else 16
+    peak = float(2**bits - 1)
+    colour, alpha = image, None
+    if image.bands in (2, 4):
+        colour = image.extract_band(0, n=image.bands - 1)
+        band = image.extract_band(image.bands - 1)
+        if band.min() < peak:
+            colour, alpha = bleed(colour, band, peak), VipsRaster(band, peak, channels=1)
+        else:
+            alpha = VipsRaster(band, peak, channels=1)
+    metadata = {
+        name: (image.get_typeof(name), image.get(name))
+        for name in image.get_fields()
+        if name.startswith(KEPT_METADATA)
+    }
+    return Picture(
+        path=path,
+        colour=VipsRaster(colour, peak),
+        alpha=alpha,
+        is_grey=colour.bands == 1,
+        bits=bits,
+        metadata=metadata,
+        resolution=(image.xres, image.yres),
+        notes=notes,
+    )
+
+
+def bleed(colour: pyvips.Image, alpha: pyvips.Image, peak: float) -> pyvips.Image:
+    """Return the colour with wholly transparent places filled from the visible ones around them.
+
+    Files often hide black there; a network that looks across the edge would draw a dark fringe.
+    The fill is the premultiplied colour, blurred, over the blurred alpha.
+    """
+    opacity = alpha / peak
+    premultiplied = colour * opacity
+    visible = opacity.avg()
+    fill = colour * 0
+    if visible > 0:
+        bands = [premultiplied.extract_band(i).avg() / visible for i in range(colour.bands)]
+        fill = fill + bands
+    for sigma in BLEED_SIGMAS:
+        near = opacity.gaussblur(sigma, precision="float")
+        blurred = premultiplied.gaussblur(sigma, precision="float")
+        fill = (near > 1e-3).ifthenelse(blurred / near.maxpair(1e-6), fill)
+    filled = (alpha > 0).ifthenelse(colour, fill.rint())
+    return filled.cast(colour.format)
