@@ -1,0 +1,293 @@
+"""Baselines, teachers and students behind one call: a lowres in, a hires out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, get_args
+
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ksr_distill.diffusion import sample_teacher, sample_teacher_ddim
+from ksr_distill.evaluation.benchmark_images import as_picture
+from ksr_distill.inference import KSRFlashPipeline
+from ksr_distill.models import KSRUNet
+from ksr_distill.types import Denoiser
+
+Sampler = Literal["student", "ddim", "dpm"]
+BASELINES: Mapping[str, PIL.Image.Resampling] = {
+    "nearest": PIL.Image.Resampling.NEAREST,
+    "bicubic": PIL.Image.Resampling.BICUBIC,
+    "lanczos": PIL.Image.Resampling.LANCZOS,
+}
+MAX_KEPT_ESTIMATES = 8
+
+
+class Estimate(NamedTuple):
+    """What a sampler believed after one of its steps."""
+
+    step: int
+    """Counted from 1."""
+    image: UInt8[Tensor, "1 3 H W"]
+
+
+class Upscaled(NamedTuple):
+    """A result.
+
+    Attributes:
+        share_out_of_range: Of the network's last estimate, before anything is clamped.
+        estimates: After some steps, evenly chosen; empty for baselines and for tiled pictures.
+    """
+
+    hires: Float[Tensor, "1 3 H W"]
+    share_out_of_range: float = 0.0
+    estimates: Sequence[Estimate] = ()
+
+
+class Upscaler(Protocol):
+    """What the benchmark compares."""
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """How many evaluations of a network a picture costs; None for a baseline."""
+        ...
+
+    def __call__(self, lowres: Float[Tensor, "1 3 h w"], *, generator: torch.Generator) -> Upscaled:
+        """Return the lowres enlarged, in [-1, 1].
+
+        Args:
+            generator: Where every draw comes from, on the CPU; a baseline leaves it alone.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to compare, by name.
+
+    Attributes:
+        path: A model folder (model_index.json) or a bare U-Net's (config.json).
+        sampler: `student` runs the shipped pipeline; `ddim` and `dpm` sample as a teacher.
+        num_inference_steps: None takes a student's own timesteps; a teacher needs a number.
+        refine_steps: The refiner's, after a student.
+    """
+
+    name: str
+    path: Path
+    sampler: Sampler = "student"
+    num_inference_steps: int | None = None
+    refine_steps: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in get_args(Sampler):
+            raise ValueError(
+                f"models.{self.name}.sampler={self.sampler!r} is unknown; "
+                f"use one of {', '.join(get_args(Sampler))}"
+            )
+        if self.sampler != "student" and not self.num_inference_steps:
+            raise ValueError(
+                f"models.{self.name}.num_inference_steps is not set; {self.sampler} needs a number"
+            )
+        if self.sampler != "student" and self.refine_steps:
+            raise ValueError(
+                f"models.{self.name}.refine_steps={self.refine_steps} needs sampler=student"
+            )
+
+
+@dataclass(frozen=True)
+class PillowUpscaler:
+    """A filter of Pillow's, the comparison everybody has."""
+
+    method: PIL.Image.Resampling
+    scale: int
+    num_inference_steps: int | None = None
+
+    def __call__(
+        self,
+        lowres: Float[Tensor, "1 3 h w"],
+        *,
+        generator: torch.Generator,  # noqa: ARG002 -- the protocol's; a filter draws nothing
+    ) -> Upscaled:
+        """Return the lowres resized."""
+        picture = as_picture(lowres)
+        size = (picture.width * self.scale, picture.height * self.scale)
+        pixels = torch.frombuffer(
+            bytearray(picture.resize(size, self.method).tobytes()), dtype=torch.uint8
+        )
+        hires = pixels.view(1, size[1], size[0], 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return Upscaled(hires.to(lowres.device))
+
+
+@dataclass(frozen=True)
+class StudentUpscaler:
+    """A few-step student through the shipped pipeline: its padding, its tiles, its refiner."""
+
+    pipeline: KSRFlashPipeline
+    scale: int
+    steps: int | None = None
+    refine_steps: int = 0
+
+    @property
+    def num_inference_steps(self) -> int:
+        """The student's steps; the refiner's come on top."""
+        return self.steps or len(self.pipeline.config.student_timesteps)
+
+    def __call__(self, lowres: Float[Tensor, "1 3 h w"], *, generator: torch.Generator) -> Upscaled:
+        """Return the lowres enlarged by the model's own scale."""
+        height, width = (side * self.scale for side in lowres.shape[-2:])
+        recorder = StepRecorder(self.num_inference_steps, height, width)
+
+        def observe(_: object, step: int, __: int, values: Mapping[str, Tensor]) -> None:
+            recorder(step, values["pred_x_0"])
+
+        (hires,) = self.pipeline(
+            (lowres + 1) / 2,
+            scale=self.scale,
+            num_inference_steps=self.steps,
+            refine_steps=self.refine_steps,
+            generator=generator,
+            output_type="pt",
+            callback_on_step_end=observe,
+        ).images
+        return recorder.upscaled(hires[None].to(lowres.device) * 2 - 1)
+
+
+@dataclass(frozen=True)
+class TeacherUpscaler:
+    """A teacher in many steps, the picture in one piece (`dpm`: in the released windows)."""
+
+    unet: KSRUNet
+    scale: int
+    sampler: Literal["ddim", "dpm"]
+    num_inference_steps: int
+
+    @torch.no_grad()
+    def __call__(self, lowres: Float[Tensor, "1 3 h w"], *, generator: torch.Generator) -> Upscaled:
+        """Return a sample, unclamped."""
+        height, width = (side * self.scale for side in lowres.shape[-2:])
+        padded = _pad(lowres, multiple=self.unet.stride)
+        shape = (1, 3, *(side * self.scale for side in padded.shape[-2:]))
+        start = torch.randn(shape, generator=generator).to(lowres.device)
+        recorder = StepRecorder(self.num_inference_steps, height, width)
+        sample = sample_teacher_ddim if self.sampler == "ddim" else sample_teacher
+        hires = sample(
+            recorder.watch(self.unet),
+            padded,
+            start=start,
+            num_inference_steps=self.num_inference_steps,
+        )
+        return recorder.upscaled(hires[..., :height, :width])
+
+
+@dataclass
+class StepRecorder:
+    """Keeps estimates of the whole picture; of a tiled picture it keeps none."""
+
+    num_steps: int
+    height: int
+    width: int
+    estimates: list[Estimate] = field(default_factory=list)
+    share_out_of_range: float = 0.0
+
+    def __call__(self, step: int, pred_x_0: Float[Tensor, "b 3 H W"]) -> None:
+        """See the estimate after a step, counted from 0."""
+        is_last = (step + 1) % self.num_steps == 0
+        if is_last:
+            self.share_out_of_range = float((pred_x_0.abs() > 1).float().mean())
+        covers = pred_x_0.shape[-2] >= self.height and pred_x_0.shape[-1] >= self.width
+        stride = -(-self.num_steps // MAX_KEPT_ESTIMATES)
+        if pred_x_0.shape[0] == 1 and covers and (is_last or step % stride == 0):
+            cropped = pred_x_0[..., : self.height, : self.width].float().clamp(-1, 1)
+            self.estimates.append(Estimate(step + 1, ((cropped + 1) * 127.5).round().byte().cpu()))
+
+    def watch(self, denoise: Denoiser) -> Denoiser:
+        """Return the denoiser, seen by this recorder at every call."""
+        calls = 0
+
+        def watched(x_t: Tensor, t: Tensor, lowres: Tensor) -> Tensor:
+            nonlocal calls
+            pred_x_0 = denoise(x_t, t, lowres)
+            self(calls, pred_x_0)
+            calls += 1
+            return pred_x_0
+
+        return watched
+
+    def upscaled(self, hires: Float[Tensor, "1 3 H W"]) -> Upscaled:
+        """Return the result with what was kept."""
+        return Upscaled(hires, self.share_out_of_range, tuple(self.estimates))
+
+
+def build_baseline(name: str, *, scale: int) -> Upscaler:
+    """Return a baseline by its name.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    if name not in BASELINES:
+        raise ValueError(f"baselines has {name!r}; allowed are {', '.join(BASELINES)}")
+    return PillowUpscaler(BASELINES[name], scale)
+
+
+def build_upscalers(
+    specs: Sequence[ModelSpec], *, scale: int, device: torch.device, dtype: torch.dtype
+) -> dict[str, Upscaler]:
+    """Return the models by name; a folder that several of them share is loaded once.
+
+    Raises:
+        ValueError: If a folder is no model's, or made for another scale.
+    """
+    pipelines: dict[Path, KSRFlashPipeline] = {}
+    upscalers: dict[str, Upscaler] = {}
+    for spec in specs:
+        if spec.name in upscalers:
+            raise ValueError(f"models has two entries called {spec.name}; give one another name")
+        path = spec.path.resolve()
+        if path not in pipelines:
+            pipelines[path] = load_pipeline(spec.path, scale=scale, dtype=dtype).to(device)
+        pipeline = pipelines[path]
+        if spec.sampler == "student":
+            upscalers[spec.name] = StudentUpscaler(
+                pipeline, scale, spec.num_inference_steps, spec.refine_steps
+            )
+        else:
+            steps = spec.num_inference_steps or 1
+            upscalers[spec.name] = TeacherUpscaler(pipeline.sr, scale, spec.sampler, steps)
+    return upscalers
+
+
+def load_pipeline(path: Path, *, scale: int, dtype: torch.dtype) -> KSRFlashPipeline:
+    """Return the pipeline of a model folder, or one around a bare U-Net's folder.
+
+    Raises:
+        ValueError: If the folder is no model's, or made for another scale.
+    """
+    # float32 is what loads by itself, and naming it makes recent diffusers warn.
+    options = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    if (path / "model_index.json").is_file():
+        pipeline = KSRFlashPipeline.from_pretrained(path, local_files_only=True, **options)
+    elif (path / "config.json").is_file():
+        unet = KSRUNet.from_pretrained(path, local_files_only=True, **options)
+        pipeline = KSRFlashPipeline(sr=unet, scale=scale)
+    else:
+        raise ValueError(
+            f"model={path} is no model folder (it has neither model_index.json nor config.json); "
+            "give what `ksr export` made, or a checkpoint file"
+        )
+    if pipeline.config.scale != scale:
+        raise ValueError(
+            f"model={path} enlarges by {pipeline.config.scale}, the benchmark is ×{scale}; "
+            "give a benchmark of the model's scale"
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.sr.eval()
+    return pipeline
+
+
+def _pad(lowres: Float[Tensor, "1 3 h w"], *, multiple: int) -> Float[Tensor, "1 3 h2 w2"]:
+    """Return the lowres, reflected at its right and bottom up to a multiple of the stride."""
+    down, right = (-side % multiple for side in lowres.shape[-2:])
+    return F.pad(lowres, (0, right, 0, down), mode="reflect")
