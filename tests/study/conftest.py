@@ -23,9 +23,9 @@ def make_study(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def serve() -> Iterator[Callable[[Path], Server]]:
-    """Return a starter of servers; they end with the test."""
+    """Return a starter of servers; they end with the module."""
     servers: list[Server] = []
 
     def start(study: Path) -> Server:
@@ -35,5 +35,4 @@ def serve() -> Iterator[Callable[[Path], Server]]:
 
     yield start
     for server in servers:
-        if server.process.poll() is None:
-            server.kill()
+        server.kill()

@@ -76,6 +76,7 @@ class Server:
         raise TimeoutError(f"{self.url} does not answer")
 
     def kill(self) -> None:
+        """End the process at once, as a power cut does."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         self.process.stdout.close()

@@ -55,5 +55,5 @@ def test_the_announcements_basket_is_told_what_it_can_decide():
     "wrong", [(0.0, 0.4, 0.3), (0.5, 0.4, 0.3), (0.1, 1.2, 0.3), (0.1, 0.4, 2)]
 )
 def test_assumptions_that_cannot_be_true_together_are_refused(wrong):
-    with pytest.raises(ValueError, match="impossible|outside"):
+    with pytest.raises(ValueError, match=r"impossible|outside"):
         Assumptions(*wrong).check()
