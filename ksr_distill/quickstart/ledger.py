@@ -1,7 +1,7 @@
 """What is done, in a file: an interrupted quickstart continues, and its times still add up."""
 
 import json
-import os
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +57,7 @@ class Ledger:
     @property
     def seconds(self) -> float:
         """Wall time of all commands."""
-        return sum(entry.seconds for entry in self.entries)
+        return math.fsum(entry.seconds for entry in self.entries)
 
     @property
     def peak_rss_gb(self) -> float:
@@ -68,4 +68,4 @@ class Ledger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(json.dumps([asdict(entry) for entry in self.entries], indent=2) + "\n")
-        os.replace(temporary, self.path)
+        temporary.replace(self.path)
