@@ -1,0 +1,188 @@
+"""A checkpoint becomes a model folder: averaged weights, a card, and a check that it loads."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ksr_distill import __version__
+from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline
+from ksr_distill.inference.conversion import write_original
+from ksr_distill.inference.model_folders import new_folder, save_pipeline
+from ksr_distill.models import KSRUNet
+
+CARD_CONFIG_GROUPS = ("data", "degradation", "diffusion", "loss", "optim", "critic")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a training checkpoint of ours; nothing in it is executed.
+
+    Raises:
+        ValueError: If the file is no checkpoint of `train.py`.
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is no file; give a checkpoint, e.g. outputs/NAME/checkpoints/best.ckpt"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for one mistake
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}); give a file written "
+            "by train.py, whole and without code in it"
+        ) from error
+    if not isinstance(checkpoint, dict) or "ksr" not in checkpoint:
+        raise ValueError(
+            f"{path} was not written by train.py; use `ksr convert` for released files"
+        )
+    return checkpoint
+
+
+def averaged_unet(checkpoint: Mapping[str, Any]) -> KSRUNet:
+    """Return the network that is shipped: the EMA of the student, or of a trained teacher."""
+    record = checkpoint["ksr"]
+    prefix = f"{record['kind']}_ema."
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith(prefix)
+    }
+    config = {k: v for k, v in record["model"].items() if not k.startswith("_")}
+    unet = KSRUNet(**{**config, "dropout": 0.0})
+    unet.load_state_dict(weights)
+    return unet.eval()
+
+
+def pipeline_of(checkpoint: Mapping[str, Any]) -> DiffusionPipeline:
+    """Return the checkpoint's averaged network in the pipeline that samples it."""
+    record = checkpoint["ksr"]
+    unet = averaged_unet(checkpoint)
+    if record["kind"] == "teacher":
+        return KSRTeacherPipeline(sr=unet, scale=record["scale"])
+    return KSRFlashPipeline(
+        sr=unet, student_timesteps=record["student_timesteps"], scale=record["scale"]
+    )
+
+
+def export_checkpoint(
+    path: Path, folder: Path, *, fp16: bool, self_contained: bool, overwrite: bool
+) -> None:
+    """Write the model folder of a checkpoint, reloaded and compared before it gets its name.
+
+    Args:
+        fp16: Add the half-precision variant.
+        self_contained: Add the code, so that diffusers loads the folder without this package.
+
+    Raises:
+        ValueError: If the file is no checkpoint, the folder exists, or what was written differs.
+    """
+    checkpoint = read_checkpoint(path)
+    with new_folder(folder, overwrite=overwrite) as scratch:
+        pipeline = pipeline_of(checkpoint)
+        save_pipeline(pipeline, scratch)
+        check_same_pixels(pipeline, scratch)
+        if fp16:
+            save_pipeline(pipeline, scratch, with_half=True)
+        if self_contained:
+            from ksr_distill.inference.self_contained import add_code  # noqa: PLC0415
+
+            add_code(scratch)
+        preview = latest_preview(path, checkpoint["ksr"]["update"])
+        if preview is not None:
+            shutil.copyfile(preview, scratch / "preview.png")
+        (scratch / "README.md").write_text(model_card(checkpoint, path, preview), encoding="utf-8")
+
+
+def export_original(path: Path, file: Path, *, overwrite: bool) -> None:
+    """Write a checkpoint's averaged weights for the released code: ``{'unet': …}``, its names."""
+    write_original(averaged_unet(read_checkpoint(path)), file, overwrite=overwrite)
+
+
+def check_same_pixels(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Compare what a folder gives with what was saved in it, on a picture of noise.
+
+    Raises:
+        ValueError: If a pixel differs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    lowres = torch.rand((1, 3, 32, 48), generator=generator)
+    reloaded = type(pipeline).from_pretrained(folder)
+    ours, theirs = (
+        p(lowres, generator=torch.Generator().manual_seed(1), output_type="pt").images
+        for p in (pipeline, reloaded)
+    )
+    if not torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs)):
+        raise ValueError(f"{folder} gives other pixels than the checkpoint; nothing was exported")
+
+
+def latest_preview(checkpoint_path: Path, update: int) -> Path | None:
+    """Return the preview sheet of the run that belongs to this update, or the last before it."""
+    folder = checkpoint_path.resolve().parent.parent / "previews"
+    sheets = sorted(folder.glob("update_*.png"))
+    fitting = [sheet for sheet in sheets if int(sheet.stem.removeprefix("update_")) <= update]
+    return fitting[-1] if fitting else None
+
+
+def model_card(checkpoint: Mapping[str, Any], path: Path, preview: Path | None) -> str:
+    """Return the folder's README: what it is, how to use it, what it was trained on, how good."""
+    record = checkpoint["ksr"]
+    name = "KSRTeacherPipeline" if record["kind"] == "teacher" else "KSRFlashPipeline"
+    steps = record.get("student_timesteps")
+    what = f"{len(steps)}-step student, t = {steps}" if steps else "many-step teacher"
+    config = record["config"]
+    parts = {group: config[group] for group in CARD_CONFIG_GROUPS if config.get(group)}
+    metrics = "\n".join(
+        f"| {key.removeprefix('val/')} | {value:.4g} |" for key, value in record["metrics"].items()
+    )
+    picture = (
+        "\n![lowres, what the network makes of it, original](preview.png)\n" if preview else ""
+    )
+    return f"""---
+library_name: diffusers
+pipeline_tag: image-to-image
+license: apache-2.0
+tags: [super-resolution, ksr_distill]
+---
+
+# {config["name"]}: ×{record["scale"]} super-resolution, {what}
+{picture}
+```python
+from ksr_distill.inference import {name}
+pipe = {name}.from_pretrained("FOLDER")
+pipe(image).images[0].save("large.png")
+```
+
+Or `ksr upscale photo.jpg --model FOLDER`. Made by ksr_distill {__version__} from
+`{path.name}` of run `{config["name"]}` after {record["update"]} updates; averaged (EMA) weights,
+sha256 {weights_hash(checkpoint)}.
+
+## How good
+Validation pictures of the run (`{config["data"].get("val_shards")}`), the averaged network:
+
+| metric | value |
+| --- | --- |
+{metrics or "| none | the run had no validation pictures |"}
+
+## How it was made
+Data: `{config["data"].get("shards")}`. The whole configuration of the groups that matter:
+
+```json
+{json.dumps(parts, indent=2, ensure_ascii=False)}
+```
+"""
+
+
+def weights_hash(checkpoint: Mapping[str, Any]) -> str:
+    """Return the first 16 digits of the sha256 of the averaged weights, in key order."""
+    digest = hashlib.sha256()
+    prefix = f"{checkpoint['ksr']['kind']}_ema."
+    state: Mapping[str, Tensor] = checkpoint["state_dict"]
+    for name in sorted(name for name in state if name.startswith(prefix)):
+        digest.update(state[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
