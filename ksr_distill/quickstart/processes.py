@@ -1,10 +1,13 @@
 """Run a command, and know what it and all its children took."""
 
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 import psutil
@@ -34,6 +37,14 @@ class CommandFailedError(RuntimeError):
         self.usage = usage
 
 
+class CommandInterruptedError(RuntimeError):
+    """We were told to stop; the command was told as well, and has ended."""
+
+    def __init__(self, usage: Usage) -> None:
+        super().__init__("interrupted")
+        self.usage = usage
+
+
 def run_measured(command: Sequence[str]) -> Usage:
     """Run the command to its end, its output going where ours goes, and return what it took.
 
@@ -42,9 +53,10 @@ def run_measured(command: Sequence[str]) -> Usage:
 
     Raises:
         CommandFailedError: If it ends with another exit code than 0.
+        CommandInterruptedError: If the user interrupts.
     """
     begin, peak = time.monotonic(), 0.0
-    with subprocess.Popen(_of_this_environment(command)) as process:
+    with subprocess.Popen(_of_this_environment(command)) as process, told_to_stop(process) as told:
         while process.poll() is None:
             peak = max(peak, resident_gb_of_tree())
             try:
@@ -52,9 +64,32 @@ def run_measured(command: Sequence[str]) -> Usage:
             except subprocess.TimeoutExpired:
                 continue
     usage = Usage(time.monotonic() - begin, peak)
+    if told:
+        raise CommandInterruptedError(usage)
     if process.returncode != 0:
         raise CommandFailedError(command, process.returncode, usage)
     return usage
+
+
+@contextmanager
+def told_to_stop(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Collect the signals that ask us to stop, and pass them on, so that nothing runs on alone.
+
+    A terminal's control-C reaches the command by itself.
+    """
+    told: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        told.append(number)
+        if number != signal.SIGINT:
+            process.send_signal(number)
+
+    former = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield told
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def resident_gb_of_tree() -> float:
