@@ -1,0 +1,262 @@
+"""A folder of photos → shards with an index each: the same bytes however often it was killed.
+
+Which files a shard holds is settled before the first is read: files are ordered by a hash of their
+path, split into train and validation by it, and cut into equal groups. So each shard depends on its
+own files alone; a shard whose index exists is finished, and a run that is started again does the
+others. A tar is written to ``.tmp``, synced, renamed; its index comes last.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import tarfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ksr_distill.data.index import (
+    Member,
+    index_path,
+    read_index,
+    replace_file,
+    sync_folder,
+    write_index,
+)
+from ksr_distill.data.secure_webdataset import webdataset
+from ksr_distill.data.sources import (
+    PackedPhoto,
+    PackOptions,
+    SourceFile,
+    find_photos,
+    is_validation,
+    pack_photo,
+)
+
+SPLITS = ("train", "val")
+MANIFEST = "pack.json"
+FEW_FILES = 64  # done before processes have started
+
+
+class PackReport(NamedTuple):
+    """What a pack made.
+
+    Attributes:
+        patterns: By split, what to give as ``data.shards`` and ``data.val_shards``; only for splits
+            that have files.
+        num_pictures: By split.
+        skipped: Files that were left out, wholly or in part, and why.
+    """
+
+    patterns: dict[str, str]
+    num_pictures: dict[str, int]
+    skipped: list[tuple[str, str]]
+
+
+class _Shard(NamedTuple):
+    path: Path
+    number: int
+    files: tuple[SourceFile, ...]
+
+
+def pack_folder(
+    folder: Path,
+    out: Path,
+    options: PackOptions,
+    *,
+    num_workers: int,
+    on_progress: Callable[[int, int], None],
+) -> PackReport:
+    """Pack the photos below a folder into shards; do what is not done yet.
+
+    Args:
+        num_workers: At most so many processes decode and encode; none are started for a few files.
+        on_progress: Told the files done and the files in all.
+
+    Raises:
+        ValueError: If the folder holds no picture that can be used, or ``out`` was begun with other
+            photos or options.
+    """
+    _check_options(options)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the folder that holds the photos")
+    files = find_photos(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, files, options)
+    shards = _plan_shards(out, files, options)
+    num_done = 0
+    is_small = len(files) < FEW_FILES
+    with _photo_packer(folder, options, 0 if is_small else num_workers) as pack_photos:
+        for split in SPLITS:
+            for shard in shards[split]:
+                on_progress(num_done, len(files))
+                if not index_path(shard.path).exists():
+                    count = _counter(on_progress, num_done, len(files))
+                    _write_shard(shard, count(pack_photos(shard.files)))
+                num_done += len(shard.files)
+    on_progress(num_done, len(files))
+    return _report(shards)
+
+
+def pattern_of(out: Path, split: str, num_shards: int) -> str:
+    """Return the brace pattern of a split's shards."""
+    if num_shards == 1:
+        return str(out / f"{split}-000000.tar")
+    return str(out / f"{split}-{{000000..{num_shards - 1:06d}}}.tar")
+
+
+def _check_options(options: PackOptions) -> None:
+    if not 0 <= options.val_fraction < 1:
+        raise ValueError(f"--val-fraction={options.val_fraction} is not in [0, 1); use e.g. 0.05")
+    if options.tile_px is not None and options.tile_px < 1:
+        raise ValueError(f"--tile-px={options.tile_px} is not positive; use e.g. 512")
+    if options.shard_files < 1:
+        raise ValueError(f"--shard-files={options.shard_files} is not positive; use e.g. 512")
+
+
+def _claim(out: Path, files: Sequence[SourceFile], options: PackOptions) -> None:
+    listing = json.dumps([[file.path, file.size] for file in files])
+    manifest = {
+        "options": asdict(options) | {"val_patterns": list(options.val_patterns)},
+        "num_files": len(files),
+        "files_sha256": hashlib.sha256(listing.encode()).hexdigest(),
+    }
+    path = out / MANIFEST
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != manifest:
+        raise ValueError(
+            f"{out} holds shards of other photos or other options (see {path}); "
+            "give another output folder, or delete this one"
+        )
+    replace_file(path, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _plan_shards(
+    out: Path, files: Sequence[SourceFile], options: PackOptions
+) -> dict[str, list[_Shard]]:
+    by_split: dict[str, list[SourceFile]] = {split: [] for split in SPLITS}
+    for file in files:
+        by_split["val" if is_validation(file, options) else "train"].append(file)
+    size = options.shard_files
+    return {
+        split: [
+            _Shard(out / f"{split}-{n:06d}.tar", n, tuple(chosen[n * size : (n + 1) * size]))
+            for n in range(-(-len(chosen) // size))
+        ]
+        for split, chosen in by_split.items()
+    }
+
+
+def _write_shard(shard: _Shard, photos: Iterable[PackedPhoto]) -> None:
+    temporary = shard.path.with_name(shard.path.name + ".tmp")
+    pattern = str(shard.path).replace(f"{shard.number:06d}.tar", "%06d.tar.tmp")
+    details: list[tuple[int, int, int]] = []
+    skipped: list[tuple[str, str]] = []
+    with temporary.open("wb") as file:
+        # One shard a writer, so that what is in it never depends on how large the pictures became.
+        writer = webdataset.ShardWriter(
+            pattern,
+            start_shard=shard.number,
+            maxcount=2**62,
+            maxsize=2**62,
+            verbose=0,
+            opener=lambda _: file,
+            encoder=False,
+            mtime=0,
+        )
+        for photo in photos:
+            skipped.extend(photo.skipped)
+            for picture in photo.pictures:
+                writer.write({"__key__": picture.key, picture.suffix: picture.content})
+                details.append((picture.crc32, picture.width, picture.height))
+        writer.close()
+        file.flush()
+        os.fsync(file.fileno())
+    with tarfile.open(temporary, "r:") as tar:
+        members = [
+            Member(entry.name, entry.offset_data, entry.size, *detail)
+            for entry, detail in zip(tar, details, strict=True)
+        ]
+    temporary.replace(shard.path)
+    sync_folder(shard.path.parent)
+    write_index(shard.path, members, skipped)
+
+
+def _report(shards: dict[str, list[_Shard]]) -> PackReport:
+    patterns, num_pictures = {}, {}
+    skipped: list[tuple[str, str]] = []
+    for split, parts in shards.items():
+        indexes = [read_index(shard.path) for shard in parts]
+        num_pictures[split] = sum(index.header.num_members for index in indexes)
+        skipped.extend(pair for index in indexes for pair in index.skipped)
+        if parts:
+            patterns[split] = pattern_of(parts[0].path.parent, split, len(parts))
+    if not sum(num_pictures.values()):
+        raise ValueError(
+            f"none of the {len(skipped)} pictures could be used, the first: {skipped[0][0]}: "
+            f"{skipped[0][1]}; look at the photos and at --min-side-px, --min-sharpness, --tile-px"
+        )
+    return PackReport(patterns, num_pictures, sorted(skipped))
+
+
+def _counter(
+    on_progress: Callable[[int, int], None], num_before: int, num_files: int
+) -> Callable[[Iterable[PackedPhoto]], Iterator[PackedPhoto]]:
+    def count(photos: Iterable[PackedPhoto]) -> Iterator[PackedPhoto]:
+        for number, photo in enumerate(photos, num_before + 1):
+            yield photo
+            on_progress(number, num_files)
+
+    return count
+
+
+@contextmanager
+def _photo_packer(
+    folder: Path, options: PackOptions, num_workers: int
+) -> Iterator[Callable[[Sequence[SourceFile]], Iterator[PackedPhoto]]]:
+    if num_workers == 0:
+        yield lambda files: (pack_photo(folder, file.path, options) for file in files)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent) as pool:
+        submit = partial(pool.submit, pack_photo, folder)
+
+        def pack_photos(files: Sequence[SourceFile]) -> Iterator[PackedPhoto]:
+            waiting: deque[Future[PackedPhoto]] = deque()
+            for file in files:
+                waiting.append(submit(file.path, options))
+                if len(waiting) > 4 * num_workers:  # results of large pictures must not pile up
+                    yield _result(waiting.popleft())
+            while waiting:
+                yield _result(waiting.popleft())
+
+        yield pack_photos
+
+
+def _result(future: Future[PackedPhoto]) -> PackedPhoto:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a packing process was killed, perhaps for memory; start the same command again with "
+            "fewer --workers: finished shards are kept"
+        ) from error
+
+
+def _end_with_parent() -> None:
+    # A pool's workers outlive a parent that was killed: they hold both ends of their own pipe.
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
