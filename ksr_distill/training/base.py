@@ -56,6 +56,7 @@ class UpdateModule(LightningModule):
         self.update = 0
         self.network_updates: dict[str, int] = {}
         self.last_values: dict[str, Tensor] = {}
+        self.logged: dict[str, float] = {}
         self.previews: list[dict[str, Tensor]] = []
         self._wrapped: dict[str, nn.Module] = {}
         self._optim: dict[str, PlayerOptim] = {}
@@ -239,5 +240,6 @@ class UpdateModule(LightningModule):
         """Write scalars to all loggers at this update. Waits for the device: call it rarely."""
         if self.trainer.is_global_zero:
             numbers = {name: float(value) for name, value in values.items()}
+            self.logged |= numbers
             for logger in self.trainer.loggers:
                 logger.log_metrics(numbers, step=self.update)

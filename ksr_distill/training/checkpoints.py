@@ -5,7 +5,7 @@ import math
 import time
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
@@ -31,7 +31,9 @@ from ksr_distill.training.strategy import HostAgreement
 
 log = logging.getLogger(__name__)
 
-__all__ = ["RunCheckpoint", "completed_updates", "last_good_checkpoint"]
+__all__ = ["RunCheckpoint", "callbacks_of", "completed_updates", "last_good_checkpoint"]
+
+C = TypeVar("C", bound=pl.Callback)
 
 OPTIMIZER_NAMES = "optimizer_parameter_names"
 
@@ -271,6 +273,11 @@ class RunCheckpoint(Checkpoint):
             point_to(self.folder / "best.ckpt", best[0])
         for path in set(files) - set(files[-self.keep_last :]) - set(best[: self.keep_best]):
             self.io.remove_checkpoint(path)
+
+
+def callbacks_of(trainer: pl.Trainer, kind: type[C]) -> list[C]:
+    """Return a run's callbacks of a kind."""
+    return [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, kind)]
 
 
 def completed_updates(trainer: pl.Trainer) -> int:
