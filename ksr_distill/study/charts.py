@@ -72,7 +72,7 @@ def _bars(axes: Axes, summaries: list[Summary], *, numbers: str) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
 
 
-def _whisker(axes: Axes, row: float, low: float, high: float) -> None:
+def _whisker(axes: Axes, row: int, low: float, high: float) -> None:
     low, high = max(low, 0.0), min(high, 100.0)
     below = row + 0.26  # out of the numbers' way
     axes.plot([low, high], [below, below], color="#222222", linewidth=1.1, clip_on=False)
@@ -123,4 +123,4 @@ def _svg(figure: Figure, salt: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    return re.sub(r'<g id="[A-Za-z.]+_?\d*">', "<g>", svg)
+    return re.sub(r'<g id="[\w.]+">', "<g>", svg)
