@@ -16,6 +16,7 @@ SHARDS = FOLDER / "shards"
 # conf/experiment/quickstart_{teacher,flash}.yaml name these two folders.
 TEACHER = FOLDER / "teacher"
 STUDENT = FOLDER / "student"
+BEST = Path("checkpoints/best.ckpt")
 ENLARGED_PHOTO = "coffee"
 BENCHMARK = FOLDER / "benchmark"
 
@@ -38,9 +39,9 @@ def commands() -> list[Command]:
     return [
         ("ksr", "shards", "pack", str(PHOTOS), str(SHARDS), "--val-match", "validation/*"),
         ("python", "train.py", "+experiment=quickstart_teacher", *data),
-        ("ksr", "export", str(TEACHER), str(TEACHER / "export")),
+        ("ksr", "export", str(TEACHER / BEST), str(TEACHER / "export")),
         ("python", "train.py", "+experiment=quickstart_flash", *data),
-        ("ksr", "export", str(STUDENT), str(STUDENT / "export")),
+        ("ksr", "export", str(STUDENT / BEST), str(STUDENT / "export")),
         upscale(2),
         upscale(4),
         ("python", "evaluate.py", "+experiment=quickstart"),
