@@ -4,11 +4,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ksr_distill.cli.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NUM_LISTED = 20  # skipped files or problems shown; all of them are in the shards' indexes
 
@@ -74,8 +77,99 @@ def pack(
     if report.skipped:
         show_pairs(f"Left out ({len(report.skipped)})", ("file", "why"), report.skipped)
     for split, pattern in report.patterns.items():
-        typer.echo(f"{split}: {report.num_pictures[split]} pictures")
-        typer.echo(pattern)
+        key = {"train": "data.shards", "val": "data.val_shards"}[split]
+        quoted = f"'\"{pattern}\"'" if "{" in pattern else pattern  # for the shell and for Hydra
+        typer.echo(f"{report.num_pictures[split]} pictures: {key}={quoted}")
+    typer.echo(str(out))
+
+
+@shards.command()
+@one_line_errors
+def check(pattern: Pattern, workers: Workers = None) -> None:
+    """Verify every checksum and decode every picture; exit 1 if anything is damaged."""
+    from ksr_distill.data.checking import check_shards
+    from ksr_distill.data.patterns import expand_shards
+
+    paths = expand_shards(pattern, key="PATTERN")
+    with progress("Checking shards") as on_progress:
+        report = check_shards(paths, num_workers=num_processes(workers), on_progress=on_progress)
+    rows = [
+        (str(shard.shard), f"{len(shard.contents)} pictures, {len(shard.problems)} problems")
+        for shard in report.shards
+    ]
+    show_pairs(
+        "Shards", ("shard", "found"), sorted(rows, key=lambda row: row[1].endswith(" 0 problems"))
+    )
+    problems = [
+        (f"{shard.shard.name}: {key}", what)
+        for shard in report.shards
+        for key, what in shard.problems
+    ]
+    if problems:
+        show_pairs(f"Problems ({len(problems)})", ("where", "what"), problems)
+    if report.duplicates:
+        show_pairs(
+            f"Same content ({len(report.duplicates)})", ("one", "two"), list(report.duplicates)
+        )
+    num_pictures = sum(len(shard.contents) for shard in report.shards)
+    num_bytes = sum(shard.num_bytes for shard in report.shards)
+    typer.echo(
+        f"{len(paths)} shards, {num_pictures} pictures, {num_bytes / 1e6:.1f} MB, "
+        f"{len(report.duplicates)} duplicates, {len(problems)} problems"
+    )
+    if problems:
+        raise typer.Exit(1)
+
+
+@shards.command()
+@one_line_errors
+def preview(
+    pattern: Pattern,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The sheet to write, a .png.")],
+    degradation: Annotated[
+        Path | None,
+        typer.Option(help="A file of conf/degradation, e.g. second_order.yaml.  [bicubic]"),
+    ] = None,
+    scale: Annotated[int, typer.Option(min=2, help="Hires side / lowres side.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Of the training to look at.")] = 0,
+    crop_px: Annotated[int, typer.Option(min=8, help="Side of the crops.")] = 256,
+    pairs: Annotated[int, typer.Option(min=1, help="How many pairs.")] = 16,
+) -> None:
+    """Write a contact sheet of lowres | hires pairs: the first that a training would see."""
+    from ksr_distill.data.patterns import expand_shards
+    from ksr_distill.data.preview import make_contact_sheet
+
+    if crop_px % scale:
+        fitting = crop_px // scale * scale
+        raise ValueError(f"--crop-px={crop_px} is not a multiple of --scale={scale}; use {fitting}")
+    sheet = make_contact_sheet(
+        expand_shards(pattern, key="PATTERN"),
+        load_degradation(degradation, scale),
+        num_pairs=pairs,
+        crop_px=crop_px,
+        seed=seed,
+        pairs_per_row=2,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(output)
+    typer.echo(str(output))
+
+
+def load_degradation(file: Path | None, scale: int) -> Callable[..., "Tensor"]:
+    """Return the degradation that a file of conf/degradation describes; bicubic without a file."""
+    if file is None:
+        from ksr_distill.degradation import BicubicDegradation
+
+        return BicubicDegradation(scale)
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from ksr_distill.config import check_targets
+
+    config = OmegaConf.create({"scale": scale, "degradation": OmegaConf.load(file)})
+    resolved = OmegaConf.to_container(config, resolve=True)
+    check_targets(resolved)
+    return instantiate(resolved["degradation"], _convert_="all")
 
 
 def num_processes(workers: int | None) -> int:

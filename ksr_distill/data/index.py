@@ -20,6 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
+from ksr_distill.data.pictures import decode_stored
+
 FORMAT = "ksr-shard-index-1"
 
 
@@ -141,6 +145,23 @@ def read_index(shard: Path) -> ShardIndex:
     if not is_whole:
         raise _damaged(path)
     return ShardIndex(header, members, skipped)
+
+
+def load_member(descriptor: int, member: Member) -> Image.Image:
+    """Return a member's picture from the open tar, after its checksum was found right.
+
+    Raises:
+        PICTURE_ERRORS: If it is not what the index says; the message is the reason alone.
+    """
+    content = os.pread(descriptor, member.size, member.offset)
+    if len(content) != member.size:
+        raise ValueError("the shard is cut short")
+    if zlib.crc32(content) != member.crc32:
+        raise ValueError("its checksum is wrong, its bytes changed")
+    image = decode_stored(content)
+    if image.size != (member.width, member.height):
+        raise ValueError(f"is {image.width}×{image.height}, not as indexed")
+    return image
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -8,16 +8,9 @@ others. A tar is written to ``.tmp``, synced, renamed; its index comes last.
 
 import hashlib
 import json
-import multiprocessing
 import os
 import tarfile
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,6 +24,7 @@ from ksr_distill.data.index import (
     sync_folder,
     write_index,
 )
+from ksr_distill.data.processes import ordered_map
 from ksr_distill.data.secure_webdataset import webdataset
 from ksr_distill.data.sources import (
     PackedPhoto,
@@ -94,13 +88,14 @@ def pack_folder(
     shards = _plan_shards(out, files, options)
     num_done = 0
     is_small = len(files) < FEW_FILES
-    with _photo_packer(folder, options, 0 if is_small else num_workers) as pack_photos:
+    pack_one = partial(pack_photo, folder, options)
+    with ordered_map(0 if is_small else num_workers) as run:
         for split in SPLITS:
             for shard in shards[split]:
                 on_progress(num_done, len(files))
                 if not index_path(shard.path).exists():
                     count = _counter(on_progress, num_done, len(files))
-                    _write_shard(shard, count(pack_photos(shard.files)))
+                    _write_shard(shard, count(run(pack_one, [file.path for file in shard.files])))
                 num_done += len(shard.files)
     on_progress(num_done, len(files))
     return _report(shards)
@@ -215,48 +210,3 @@ def _counter(
             on_progress(number, num_files)
 
     return count
-
-
-@contextmanager
-def _photo_packer(
-    folder: Path, options: PackOptions, num_workers: int
-) -> Iterator[Callable[[Sequence[SourceFile]], Iterator[PackedPhoto]]]:
-    if num_workers == 0:
-        yield lambda files: (pack_photo(folder, file.path, options) for file in files)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent) as pool:
-        submit = partial(pool.submit, pack_photo, folder)
-
-        def pack_photos(files: Sequence[SourceFile]) -> Iterator[PackedPhoto]:
-            waiting: deque[Future[PackedPhoto]] = deque()
-            for file in files:
-                waiting.append(submit(file.path, options))
-                if len(waiting) > 4 * num_workers:  # results of large pictures must not pile up
-                    yield _result(waiting.popleft())
-            while waiting:
-                yield _result(waiting.popleft())
-
-        yield pack_photos
-
-
-def _result(future: Future[PackedPhoto]) -> PackedPhoto:
-    try:
-        return future.result()
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "a packing process was killed, perhaps for memory; start the same command again with "
-            "fewer --workers: finished shards are kept"
-        ) from error
-
-
-def _end_with_parent() -> None:
-    # A pool's workers outlive a parent that was killed: they hold both ends of their own pipe.
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -1,7 +1,6 @@
 """Crops of packed pictures by position: pread at the index's offset, checksum, decode, crop."""
 
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ksr_distill.data.index import Member, ShardIndex, read_index
-from ksr_distill.data.pictures import PICTURE_ERRORS, as_array, decode_stored
+from ksr_distill.data.index import Member, ShardIndex, load_member, read_index
+from ksr_distill.data.pictures import PICTURE_ERRORS, as_array
 from ksr_distill.data.plan import Place, SamplePlan, draw_crop
 
 MAX_SUBSTITUTES = (
@@ -73,19 +72,11 @@ class ShardReader:
             if found.side_px < min_side_px:
                 size = f"{found.width}×{found.height}"
                 raise UnusableMemberError(path, entry, f"{size} is smaller than {min_side_px} px")
-            content = os.pread(descriptor, found.size, found.offset)
-            if len(content) != found.size:
-                raise UnusableMemberError(path, entry, "the shard is cut short")
-            if zlib.crc32(content) != found.crc32:
-                raise UnusableMemberError(path, entry, "its checksum is wrong, its bytes changed")
-            image = decode_stored(content)
+            return found, load_member(descriptor, found)
         except UnusableMemberError:
             raise
         except PICTURE_ERRORS as error:
             raise UnusableMemberError(path, entry, error) from error
-        if image.size != (found.width, found.height):
-            raise UnusableMemberError(path, entry, f"is {image.size}, not as indexed")
-        return found, image
 
     def close(self) -> None:
         """Close all files."""

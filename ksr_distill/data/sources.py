@@ -101,7 +101,7 @@ def is_validation(file: SourceFile, options: PackOptions) -> bool:
     return int.from_bytes(file.digest[-8:], "big") < options.val_fraction * 2**64
 
 
-def pack_photo(folder: Path, path: str, options: PackOptions) -> PackedPhoto:
+def pack_photo(folder: Path, options: PackOptions, path: str) -> PackedPhoto:
     """Return what a file becomes; a broken file becomes a reason."""
     try:
         content = (folder / path).read_bytes()

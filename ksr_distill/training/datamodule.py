@@ -17,7 +17,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ksr_distill.data.index import ShardHeader, read_header, read_index
+from ksr_distill.data.checking import check_sides
+from ksr_distill.data.index import read_header
 from ksr_distill.data.loading import (
     CorruptionBudget,
     HiresBatch,
@@ -336,31 +337,3 @@ def worker_options(settings: HiresDataModule) -> dict[str, object]:
             "timeout": settings.timeout_s,
         }
     return options
-
-
-def check_sides(
-    shards: Sequence[Path], headers: Sequence[ShardHeader], crop_px: int, *, key: str
-) -> None:
-    """Check that every packed picture has a crop, and that there is a picture at all.
-
-    Raises:
-        ValueError: If not; it names the smallest picture and what would help.
-    """
-    if not sum(header.num_members for header in headers):
-        raise ValueError(
-            f"{key}: the {len(shards)} shards from {shards[0]} on are empty; pack other photos"
-        )
-    filled = [
-        (header.min_side_px, shard)
-        for header, shard in zip(headers, shards, strict=True)
-        if header.num_members
-    ]
-    side, shard = min(filled)
-    if side < crop_px:
-        smallest = min(read_index(shard).members, key=lambda member: member.side_px)
-        largest = max(header.max_side_px for header in headers)
-        raise ValueError(
-            f"{key}={crop_px} is larger than the smallest picture, {smallest.key} in {shard} "
-            f"({smallest.width}×{smallest.height}; shorter sides go up to {largest}); use at most "
-            f"{side}, or pack with `ksr shards pack --min-side-px {crop_px}`"
-        )
