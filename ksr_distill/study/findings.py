@@ -259,18 +259,17 @@ def _category_verdicts(categories: list[Category]) -> list[str]:
         f"{category.name} ({points(category.summary.difference.estimate)})" for category in decided
     )
     lines = [
-        f"{len(decided)} of {len(categories)} categories are decided after Holm's correction"
-        + (f": {names}." if names else ".")
+        f"Decided after Holm's correction: {names or 'no category'}; "
+        f"{len(decided)} of {len(categories)}."
     ]
     if len(decided) < len(categories):
-        errors = [category.summary.standard_error for category in categories]
-        typical = median(errors)
+        typical = median(category.summary.standard_error for category in categories)
         found = decidable_difference(typical, num_comparisons=len(categories))
         lines.append(
-            f"The other {len(categories) - len(decided)} are open, which does not mean equal: a "
-            f"typical category's interval is ±{196 * typical:.1f} points, and only a true "
-            f"difference of {100 * found:.0f} points would be found there four times out of five. "
-            "Do not rank categories by their estimates."
+            f"Not decided: {len(categories) - len(decided)} of {len(categories)} categories, which "
+            f"does not mean equal: a typical category's interval is ±{196 * typical:.1f} points, "
+            f"and only a true difference of {100 * found:.0f} points would be found there four "
+            "times out of five. Do not rank categories by their estimates."
         )
     return lines
 
@@ -282,5 +281,5 @@ def _agreement_verdict(findings: Findings) -> str:
     return (
         f"Raters agree beyond chance by Krippendorff's alpha {alpha.estimate:.2f} "
         f"[{alpha.low:.2f}, {alpha.high:.2f}] on {findings.num_repeated} pairs (1 is perfect, 0 is "
-        "chance; quality judgements are usually between 0.1 and 0.5)."
+        "chance)."
     )

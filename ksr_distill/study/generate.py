@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, PngImagePlugin
@@ -46,8 +47,12 @@ def load_text_to_image(
     Raises:
         ValueError: The folder holds no pipeline, or one that takes no prompt.
     """
-    if not (folder / "model_index.json").is_file():
+    index = folder / "model_index.json"
+    if not index.is_file():
         raise ValueError(f"{folder}: no model_index.json in it; give a diffusers model folder")
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    if isinstance(name, str) and not hasattr(diffusers, name):
+        raise ValueError(f"{index}: diffusers {diffusers.__version__} has no {name}; update it")
     try:
         pipe = DiffusionPipeline.from_pretrained(
             folder,
