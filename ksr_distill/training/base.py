@@ -76,7 +76,9 @@ class UpdateModule(LightningModule):
 
     def set_wrapped(self, name: str, wrapped: nn.Module) -> None:
         """Use this wrapper (DDP, compiled) for gradient-carrying forwards of a network."""
-        self._wrapped[name] = torch.compile(wrapped) if self.compile_networks else wrapped
+        # The critic's heads stay eager: compiled graphs have no double backward, which R1 needs.
+        compiles = self.compile_networks and name == self.averaged
+        self._wrapped[name] = torch.compile(wrapped) if compiles else wrapped
 
     def wrapped(self, name: str) -> nn.Module:
         """Return the network as gradient-carrying forwards should call it."""

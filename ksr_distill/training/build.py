@@ -57,8 +57,8 @@ def distillation_module(
         dropout: Of the student; 0, or the steps would disagree with inference.
     """
     folder = teacher_folder(teacher)
-    trunk = KSRUNet.from_pretrained(folder, dropout=0.0, low_cpu_mem_usage=False)
-    student = KSRUNet.from_pretrained(folder, dropout=dropout, low_cpu_mem_usage=False)
+    trunk = KSRUNet.from_pretrained(folder, dropout=0.0)
+    student = KSRUNet.from_pretrained(folder, dropout=dropout)
     with seeded_initialisation(rest["seed"]):
         critic = Critic(trunk, head_channels=head_channels, normalise_features=normalise_features)
     rest["record"] = {**rest["record"], "teacher_fingerprint": fingerprint(trunk)}

@@ -9,7 +9,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, UInt8
@@ -250,7 +250,7 @@ class ShardDataModule(HiresDataModule):
         window_shards: Shards whose samples are mixed with one another.
     """
 
-    def __init__(self, *, window_shards: int, **common: object) -> None:
+    def __init__(self, *, window_shards: int, **common: Any) -> None:
         super().__init__(**common)
         self.window_shards = window_shards
         self.paths: tuple[Path, ...] = ()
@@ -267,6 +267,8 @@ class ShardDataModule(HiresDataModule):
         )
 
     def _training_loader(self) -> DataLoader:
+        if self.plan is None:
+            raise RuntimeError("call check(world_size=…) or setup(stage) first")
         return DataLoader(
             ShardDataset(self.paths, self.plan, crop_px=self.crop_px, flip_prob=self.flip_prob),
             batch_sampler=UpdateSampler(
@@ -288,7 +290,7 @@ class StreamDataModule(HiresDataModule):
         shuffle_buffer: Pictures that a worker holds to draw from.
     """
 
-    def __init__(self, *, shuffle_buffer: int, **common: object) -> None:
+    def __init__(self, *, shuffle_buffer: int, **common: Any) -> None:
         super().__init__(**common)
         self.shuffle_buffer = shuffle_buffer
         self.urls: tuple[str, ...] = ()
@@ -319,12 +321,12 @@ def to_float(images_uint8: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]
     return images_uint8.float().div_(127.5).sub_(1)
 
 
-def worker_options(settings: HiresDataModule) -> dict[str, object]:
+def worker_options(settings: HiresDataModule) -> dict[str, Any]:
     """Return what DataLoader is told about its workers.
 
     The generator is the loader's own, so that starting a loader moves no global random state.
     """
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "num_workers": settings.num_workers,
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator(),

@@ -28,6 +28,7 @@ def auc(real: Float[Tensor, " n"], fake: Float[Tensor, " m"]) -> Float[Tensor, "
     Mann–Whitney's U over n·m, by sorting: stays on the device.
     """
     ordered = fake.sort().values
+    real = real.contiguous()
     below = torch.searchsorted(ordered, real, right=False)
     up_to = torch.searchsorted(ordered, real, right=True)
     return (below + up_to).double().mean() / (2 * len(fake))

@@ -15,10 +15,10 @@ def require(allowed: bool, key: str, value: object, rule: str) -> None:
 
 def check_types(settings: object, prefix: str) -> None:
     """Refuse a value of another type: YAML takes ``1e-4x`` for a text and says nothing."""
-    allowed = {"float": (int, float), "int": (int,), "bool": (bool,), "Penalty": (str,)}
+    allowed = {float: (int, float), int: (int,), bool: (bool,), Penalty: (str,)}
     for field in fields(settings):  # type: ignore[arg-type]
         value = getattr(settings, field.name)
-        kinds = allowed.get(getattr(field.type, "__name__", str(field.type)))
+        kinds = allowed.get(field.type)
         if kinds is None:
             require(
                 not isinstance(value, str), f"{prefix}.{field.name}", value, "a list of numbers"
