@@ -4,7 +4,9 @@ import codecs
 import pickle
 import pickletools
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,10 +19,10 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _LIGHTNING_KEY = "pytorch-lightning_version"
 _MAX_PEEK_BYTES = 64 * 2**20
 
-# What torch's restricted unpickler and zip reader raise on files that are damaged or not theirs.
+# What torch's restricted unpickler and the zip readers raise on damaged or foreign files.
 _LOAD_FAILURES = (
-    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, AttributeError,
-    TypeError, OverflowError, AssertionError,
+    pickle.UnpicklingError, zipfile.BadZipFile, struct.error, zlib.error, RuntimeError, EOFError,
+    ValueError, LookupError, AttributeError, TypeError, OverflowError, AssertionError, MemoryError,
 )  # fmt: skip
 
 _KNOWN_STARTS = {
@@ -168,18 +170,22 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _check_archive(path: Path, size: int) -> None:
     """Refuse truncated archives and, because torch does not look, flipped bits."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is truncated at {size} bytes; copy or download it again")
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        has_end = zipfile.is_zipfile(path)
+        names, damaged = _names_and_first_damaged(path) if has_end else ([], None)
+    except (*_LOAD_FAILURES, OSError) as error:  # OSError: an offset that lies outside
         raise ValueError(f"{path} is a damaged archive ({error}); download it again") from error
+    if not has_end:
+        raise ValueError(f"{path} is truncated at {size} bytes; copy or download it again")
     if not any(name.endswith("/data.pkl") for name in names):
         raise ValueError(f"{path} is a zip archive of {len(names)} files, not a weight file")
     if damaged is not None:
         raise ValueError(f"{path} is damaged: {damaged} does not match its checksum")
+
+
+def _names_and_first_damaged(path: Path) -> tuple[list[str], str | None]:
+    with zipfile.ZipFile(path) as archive:
+        return archive.namelist(), archive.testzip()
 
 
 def _look(head: bytes) -> str:
@@ -225,6 +231,6 @@ def _pickled_strings(path: Path, is_zip: bool) -> set[str]:
     strings: set[str] = set()
     try:
         strings.update(arg for _, arg, _ in pickletools.genops(pickled) if isinstance(arg, str))
-    except ValueError:  # the pickle ends early: what was read so far is enough
+    except _LOAD_FAILURES:  # the pickle ends early: what was read so far is enough
         return strings
     return strings
