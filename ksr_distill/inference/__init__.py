@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ksr_distill.inference.pipeline import KSRFlashPipeline
+    from ksr_distill.inference.teacher import KSRTeacherPipeline
 
-HOMES = {"KSRFlashPipeline": "ksr_distill.inference.pipeline"}
+HOMES = {
+    "KSRFlashPipeline": "ksr_distill.inference.pipeline",
+    "KSRTeacherPipeline": "ksr_distill.inference.teacher",
+}
 
-__all__ = ["KSRFlashPipeline"]
+__all__ = ["KSRFlashPipeline", "KSRTeacherPipeline"]
 
 
 def __getattr__(name: str) -> object:

@@ -42,6 +42,8 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         for path in [*folder.rglob("*"), folder]:
+            if path.is_file():
+                path.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for its owner alone
             flush_to_disk(path)
         if target.exists():
             target.replace(scratch / "old")
