@@ -93,8 +93,6 @@ def build(
     from ksr_distill.study.planning import Assumptions, plan_lines
 
     basket = read_basket(prompts)
-    assumed = Assumptions(difference=difference / 100, agreement=agreement)
-    lines = plan_lines(basket, votes_per_pair, assumed)
     plan = StudyPlan(
         question=question,
         label_a=label_a or a.resolve().name,
@@ -109,6 +107,9 @@ def build(
         picture_format=picture_format.value,
         seed=seed,
     )
+    plan.check()
+    assumed = Assumptions(difference=difference / 100, agreement=agreement)
+    lines = plan_lines(basket, votes_per_pair, assumed)
     with _progress("Copying pictures", num_jobs(basket, plan)) as advance:
         build_study(a, b, basket, out, plan=plan, on_picture=advance)
     for line in lines:

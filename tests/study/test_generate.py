@@ -9,7 +9,16 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from PIL import Image
 
 from ksr_distill.study.basket import Prompt
@@ -159,3 +168,54 @@ def test_a_model_that_takes_no_prompt_is_refused(tmp_path):
         load_text_to_image(tmp_path, dtype=torch.float32, device="cpu")
     with pytest.raises(ValueError, match=r"no model_index.json"):
         load_text_to_image(tmp_path / "unet", dtype=torch.float32, device="cpu")
+
+
+def test_a_stable_diffusion_folder_with_its_text_encoder_makes_pictures(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="needs the [generate] extra")
+    # CLIP's smallest vocabulary: every byte, as itself and as a word's end.
+    codes = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(code) for code in codes + list(range(256, 256 + 256 - len(codes)))]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: n for n, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    text_config = transformers.CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=transformers.CLIPTextModel(text_config),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(tmp_path, model_max_length=32),
+        unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(tmp_path / "model")
+    pipe = load_text_to_image(tmp_path / "model", dtype=torch.float32, device="cpu")
+    assert generate_pictures(pipe, PROMPTS, tmp_path / "out", recipe=RECIPE) == 3
+    assert len(set(pictures_in(tmp_path / "out").values())) == 3
