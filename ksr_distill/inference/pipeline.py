@@ -65,6 +65,11 @@ class KSRFlashPipeline(DiffusionPipeline):
         """Record our classes by the room they are imported from: that path is public for good."""
         super().register_to_config(**{name: public_path(value) for name, value in kwargs.items()})
 
+    @classmethod
+    def load_config(cls, *args: object, **kwargs: object) -> dict[str, object]:
+        """Return model_index.json, with this package's classes where a folder brings its own."""
+        return own_classes(super().load_config(*args, **kwargs))
+
     @torch.no_grad()
     def __call__(  # noqa: PLR0913 - what a user may choose, all by keyword
         self,
@@ -230,6 +235,22 @@ def public_path(value: object) -> object:
     if isinstance(value, tuple) and str(value[0]).startswith(f"{MODELS}."):
         return (MODELS, *value[1:])
     return value
+
+
+def own_classes(index: dict[str, object]) -> dict[str, object]:
+    """Return the index of a self-contained folder as if it were a plain one.
+
+    Such a folder carries copies of our code for those who lack the package; whoever has it needs
+    no ``trust_remote_code``. The copies themselves leave the index as it is.
+    """
+    if not __name__.startswith("ksr_distill."):
+        return index
+    own = {
+        name: [MODELS, value[1]] if isinstance(value, list) and value[0] == "models" else value
+        for name, value in index.items()
+    }
+    class_name = own.get("_class_name")
+    return own | {"_class_name": class_name[-1] if isinstance(class_name, list) else class_name}
 
 
 def align_weights(module: torch.nn.Module) -> None:

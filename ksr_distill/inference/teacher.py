@@ -19,6 +19,7 @@ from ksr_distill.inference.pipeline import (
     align_weights,
     draw_seeds,
     num_passes,
+    own_classes,
     public_path,
     resized,
 )
@@ -70,6 +71,11 @@ class KSRTeacherPipeline(DiffusionPipeline):
     def register_to_config(self, **kwargs: object) -> None:
         """Record our classes by the room they are imported from: that path is public for good."""
         super().register_to_config(**{name: public_path(value) for name, value in kwargs.items()})
+
+    @classmethod
+    def load_config(cls, *args: object, **kwargs: object) -> dict[str, object]:
+        """Return model_index.json, with this package's classes where a folder brings its own."""
+        return own_classes(super().load_config(*args, **kwargs))
 
     @torch.no_grad()
     def __call__(
