@@ -167,9 +167,9 @@ def load_degradation(file: Path | None, scale: int) -> Callable[..., "Tensor"]:
     from ksr_distill.config import check_targets
 
     config = OmegaConf.create({"scale": scale, "degradation": OmegaConf.load(file)})
-    resolved = OmegaConf.to_container(config, resolve=True)
-    check_targets(resolved)
-    return instantiate(resolved["degradation"], _convert_="all")
+    OmegaConf.resolve(config)
+    check_targets({"degradation": OmegaConf.to_container(config.degradation)})
+    return instantiate(config.degradation, _convert_="all")
 
 
 def num_processes(workers: int | None) -> int:

@@ -5,7 +5,7 @@ import logging
 import signal
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int, UInt8
@@ -88,7 +88,7 @@ class UpdateLoader:
         start_update: int,
         num_updates: int,
         budget: CorruptionBudget,
-        timeout_s: float,
+        timeout_s: float | int,
     ) -> None:
         self.loader = loader
         self.start_update = start_update
@@ -173,7 +173,7 @@ def prepare_worker(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _stop_workers(batches: Iterator[HiresBatch]) -> None:
+def _stop_workers(batches: Any) -> None:
     # torch asks the workers to end, then sends SIGTERM to those that hang in a read. But they
     # ignore it (prepare_worker), and the interpreter would wait for them at its end.
     if hasattr(batches, "_shutdown_workers"):

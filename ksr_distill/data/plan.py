@@ -135,7 +135,7 @@ class UpdateSampler(Sampler[list[int]]):
 
 
 def draw_crop(
-    position: int, *, seed: int, width: int, height: int, crop_px: int, flip_prob: float
+    position: int, *, seed: int, width: int, height: int, crop_px: int, flip_prob: float | int
 ) -> Crop:
     """Return the window of a picture that a position sees: a function of (seed, position)."""
     vertical, horizontal, flip = _raw_draws(3, seed, Stream.CROP, position)

@@ -109,7 +109,7 @@ class ShardDataset(Dataset[HiresSample]):
     """
 
     def __init__(
-        self, shards: Sequence[Path], plan: SamplePlan, *, crop_px: int, flip_prob: float
+        self, shards: Sequence[Path], plan: SamplePlan, *, crop_px: int, flip_prob: float | int
     ) -> None:
         self.reader = ShardReader(shards, max_open=2 * plan.window_shards)
         self.plan = plan

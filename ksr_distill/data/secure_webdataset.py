@@ -6,11 +6,13 @@ local files either: open them yourself, and pass the stream.
 """
 
 import os
+from typing import Any
 
 os.environ["WDS_SECURE"] = "1"
 
-import webdataset
+import webdataset as _webdataset
 
+webdataset: Any = _webdataset  # it makes its names at run time, type checkers do not find them
 webdataset.utils.enforce_security = True  # if somebody else imported it first
 
 __all__ = ["webdataset"]

@@ -9,6 +9,7 @@ needs an exact resume packs the photos with ``ksr shards pack``.
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -45,7 +46,7 @@ class StreamDataset(IterableDataset[HiresSample]):
         *,
         entropy: Sequence[int],
         crop_px: int,
-        flip_prob: float,
+        flip_prob: float | int,
         shuffle_buffer: int,
     ) -> None:
         super().__init__()
@@ -122,7 +123,7 @@ class _Trouble:
 class PlainTar:
     """A byte stream that must be an uncompressed tar: a small gz can unpack to any size."""
 
-    def __init__(self, stream: object) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
         self.is_checked = False
 

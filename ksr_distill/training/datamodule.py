@@ -67,7 +67,7 @@ class HiresDataModule(LightningDataModule):
         seed: int,
         num_updates: int,
         crop_px: int,
-        flip_prob: float,
+        flip_prob: float | int,
         batch_size: int,
         micro_batch_size: int | None,
         num_val_pictures: int,
@@ -78,7 +78,7 @@ class HiresDataModule(LightningDataModule):
         num_workers: int,
         prefetch_updates: int,
         worker_start_method: str | None,
-        timeout_s: float,
+        timeout_s: float | int,
     ) -> None:
         super().__init__()
         self.shards = shards
