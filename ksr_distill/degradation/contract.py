@@ -1,12 +1,13 @@
 """What every degradation promises, so that training, packing and evaluation need no cases."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class Degradation(Protocol):
     """Makes the low-resolution image that a user might have had."""
 
