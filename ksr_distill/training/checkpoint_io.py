@@ -32,7 +32,7 @@ class _HashingWriter:
         self.file = file
         self.sha256 = hashlib.sha256()
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         self.sha256.update(data)
         return self.file.write(data)
 
@@ -199,7 +199,7 @@ class AtomicCheckpointIO(CheckpointIO):
     and the earlier checkpoints stay.
     """
 
-    def __init__(self, *, background_above_mb: float) -> None:
+    def __init__(self, *, background_above_mb: float | int) -> None:
         """Make the reader and writer.
 
         Args:

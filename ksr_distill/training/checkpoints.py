@@ -61,12 +61,12 @@ class RunCheckpoint(Checkpoint):
         folder: str | Path,
         *,
         every_updates: int,
-        every_minutes: float,
+        every_minutes: float | int,
         keep_last: int,
         keep_best: int,
         monitor: str | None,
         mode: Literal["min", "max"],
-        background_above_mb: float,
+        background_above_mb: float | int,
     ) -> None:
         """Make the callback.
 

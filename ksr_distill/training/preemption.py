@@ -44,7 +44,7 @@ def slurm_job(environment: Mapping[str, str]) -> str | None:
 class PreemptionGuard(Checkpoint):
     """Answers USR1, USR2, TERM. A Checkpoint, so that Lightning calls it after other callbacks."""
 
-    def __init__(self, *, stay_alive_s: float) -> None:
+    def __init__(self, *, stay_alive_s: float | int) -> None:
         """Make the guard.
 
         Args:

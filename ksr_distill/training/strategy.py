@@ -35,7 +35,7 @@ class HasNetworks(Protocol):
 class PerNetworkDDP(DDPStrategy):
     """DDP with a wrapper of its own around each trainable network; state_dict keys stay."""
 
-    def __init__(self, *, timeout_s: float = 600.0, **ddp_arguments: Any) -> None:
+    def __init__(self, *, timeout_s: float = 900.0, **ddp_arguments: Any) -> None:
         """Make the strategy.
 
         Args:

@@ -46,7 +46,7 @@ class GuestWandbLogger(Logger):
         name: str,
         group: str | None,
         artifact: str | Path | None,
-        init_timeout_s: float,
+        init_timeout_s: float | int,
     ) -> None:
         """Make the logger; W&B itself starts with the first figure.
 

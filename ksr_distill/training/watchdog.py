@@ -33,7 +33,7 @@ VALIDATION = "is inside validation"
 class StallWatchdog(Callback):
     """Ends the process when nothing has moved for too long."""
 
-    def __init__(self, folder: str | Path, *, timeout_s: float) -> None:
+    def __init__(self, folder: str | Path, *, timeout_s: float | int) -> None:
         """Make the watchdog.
 
         Args:

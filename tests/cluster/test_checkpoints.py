@@ -1,0 +1,231 @@
+"""A checkpoint is whole or not there, checked when it is read, and the last good one survives."""
+
+import json
+import logging
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import Processes, wait_until
+from two_players import TwoPlayers, die_at, train
+
+from ksr_distill.training.checkpoint_folder import path_of_update
+from ksr_distill.training.checkpoint_io import (
+    AtomicCheckpointIO,
+    manifest_path,
+    read_checkpoint,
+    write_checkpoint,
+)
+from ksr_distill.training.checkpoints import last_good_checkpoint
+
+SMALL = {"state_dict": {"weight": torch.arange(600.0)}, "update": 3}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    for update in (3, 6):
+        write_checkpoint(SMALL, tmp_path / f"update-{update:09d}.ckpt", {"update": update})
+    return tmp_path / "update-000000006.ckpt"
+
+
+def flip_bit(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position // 8] ^= 1 << (position % 8)
+    path.write_bytes(bytes(data))
+
+
+def test_every_one_of_200_flipped_bits_is_noticed_and_the_one_before_is_used(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = saved.with_name("update-000000003.ckpt")
+    whole, draws = saved.read_bytes(), random.Random(0)
+    for _ in range(200):
+        flip_bit(saved, draws.randrange(8 * len(whole)))
+        assert last_good_checkpoint(saved.parent) == before
+        saved.write_bytes(whole)
+    assert "damaged" in caplog.text
+    assert last_good_checkpoint(saved.parent) == saved
+
+
+@pytest.mark.parametrize("damage", ["cut off", "no manifest", "manifest cut off", "manifest of 3"])
+def test_a_damaged_pair_is_refused_with_what_is_wrong(saved: Path, damage: str) -> None:
+    manifest = manifest_path(saved)
+    if damage == "cut off":
+        saved.write_bytes(saved.read_bytes()[:-1])
+    elif damage == "no manifest":
+        manifest.unlink()
+    elif damage == "manifest cut off":
+        manifest.write_text(manifest.read_text()[:40])
+    else:
+        manifest.write_text(json.dumps({"sha256": "0" * 64, "bytes": saved.stat().st_size}))
+    with pytest.raises(ValueError, match=r"cut off|manifest"):
+        read_checkpoint(saved)
+    assert last_good_checkpoint(saved.parent).stem == "update-000000003"
+
+
+def test_when_no_checkpoint_is_good_the_run_does_not_start_over_by_itself(saved: Path) -> None:
+    for path in saved.parent.glob("*.ckpt"):
+        flip_bit(path, 800)
+    with pytest.raises(ValueError, match="none of the 2 checkpoints is good"):
+        last_good_checkpoint(saved.parent)
+
+
+class Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("code_has_run",)
+
+
+def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "update-000000001.ckpt"
+    write_checkpoint({"state_dict": {}, "evil": Code()}, path, {})
+    with pytest.raises(ValueError, match="pickled code would run"):
+        read_checkpoint(path)
+    with pytest.raises(ValueError, match="weights_only"):
+        AtomicCheckpointIO(background_above_mb=1).load_checkpoint(path, weights_only=False)
+    with pytest.raises(FileNotFoundError, match="URLs are not read"):
+        read_checkpoint(Path("http://127.0.0.1/x.ckpt"))
+    assert not (tmp_path / "code_has_run").exists()
+
+
+def test_a_background_save_holds_the_weights_of_its_moment(tmp_path: Path) -> None:
+    io = AtomicCheckpointIO(background_above_mb=0)
+    weight = torch.zeros(1000)
+    io.save_checkpoint({"state_dict": {"weight": weight}}, tmp_path / "update-000000001.ckpt")
+    weight.fill_(1)
+    io.wait()
+    assert not read_checkpoint(tmp_path / "update-000000001.ckpt")["state_dict"]["weight"].any()
+
+
+def test_a_foreground_and_a_background_run_end_equal(tmp_path: Path) -> None:
+    often = {"every_updates": 1}
+    ends = [
+        train(tmp_path / str(mb), checkpoint={**often, "background_above_mb": mb})
+        for mb in (0.0, 100.0)
+    ]
+    assert ends[0] == ends[1]
+
+
+def test_the_newest_and_the_best_stay_and_the_rest_is_pruned(tmp_path: Path) -> None:
+    train(
+        tmp_path,
+        module=TwoPlayers(num_updates=14),
+        checkpoint={"every_updates": 2, "keep_last": 2, "keep_best": 1},
+    )
+    # validation figures: update 3: 1, 6: 2, 9: 3, 12: 4 (best)
+    names = sorted(path.name for path in tmp_path.glob("*.ckpt") if not path.is_symlink())
+    assert names == ["update-000000012.ckpt", "update-000000014.ckpt"]
+    assert (tmp_path / "last.ckpt").resolve().name == "update-000000014.ckpt"
+    assert (tmp_path / "best.ckpt").resolve().name == "update-000000012.ckpt"
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+def test_time_alone_makes_a_save_due(tmp_path: Path) -> None:
+    module = TwoPlayers(num_updates=4)
+    module.at = lambda *_: time.sleep(0.02)
+    train(tmp_path, module=module, checkpoint={"every_minutes": 0.01 / 60, "keep_last": 9})
+    assert len(list(tmp_path.glob("update-*.ckpt"))) == 4
+
+
+def test_what_a_killed_save_left_is_swept_and_what_lies_beyond_is_set_aside(tmp_path: Path) -> None:
+    train(tmp_path, module=TwoPlayers(num_updates=2))
+    (tmp_path / "update-000000009.ckpt.tmp").write_bytes(b"torn")
+    manifest_path(tmp_path / "update-000000009.ckpt").write_text("{}")
+    shutil.copy(tmp_path / "update-000000002.ckpt", tmp_path / "update-000000003.ckpt")
+    # a finished run does not train, so continue one that is not
+    parts = tmp_path / "parts"
+    Processes(1, _die_after_one, parts).wait()
+    (parts / "run" / "update-000000009.ckpt.tmp").write_bytes(b"torn")
+    manifest_path(parts / "run" / "update-000000009.ckpt").write_text("{}")
+    (parts / "run" / "update-000000007.ckpt").write_bytes(b"damaged")
+    train(parts / "run")
+    left = {path.name for path in (parts / "run").iterdir()}
+    assert not any(name.endswith(".tmp") or "009" in name for name in left)
+    assert "update-000000007.ckpt.aside" in left
+
+
+def _die_after_one(folder: Path) -> None:
+    module = TwoPlayers()
+    module.at = die_at(2, "critic's turn")
+    train(folder / "run", module=module, checkpoint={"every_updates": 1})
+
+
+def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    module = TwoPlayers()
+    module.at = lambda *_: train(tmp_path)
+    with pytest.raises(ValueError, match="another run is writing"):
+        train(tmp_path, module=module)
+
+
+def test_optimizer_states_of_parameters_in_another_order_are_refused(tmp_path: Path) -> None:
+    Processes(1, _die_after_one, tmp_path).wait()
+
+    class Swapped(TwoPlayers):
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            first, second = super().configure_optimizers()
+            parameters = first.param_groups[0]["params"]
+            parameters[2], parameters[3] = parameters[3], parameters[2]
+            return [first, second]
+
+    with pytest.raises(ValueError, match=r"optimizer states .*'student\.2\.weight' where"):
+        train(tmp_path / "run", module=Swapped())
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_training_goes_on(
+    tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_until = {"module": TwoPlayers(num_updates=6), "checkpoint": {"every_updates": 2}}
+    saves = []
+
+    def write(checkpoint: Any, path: Path, facts: Any) -> None:
+        saves.append(path)
+        if len(saves) == 2:
+            raise OSError(28, "No space left on device")
+        write_checkpoint(checkpoint, path, facts)
+
+    monkeypatch.setattr("ksr_distill.training.checkpoint_io.write_checkpoint", write)
+    with caplog.at_level(logging.ERROR):
+        train(tmp_path, **train_until)
+    assert "No space left" in caplog.text
+    assert "training goes on" in caplog.text
+    assert last_good_checkpoint(tmp_path).stem == "update-000000006"
+
+
+def test_a_run_whose_end_cannot_be_saved_does_not_end_well(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    def write(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ksr_distill.training.checkpoint_io.write_checkpoint", write)
+    with pytest.raises(OSError, match=r"could not be saved .* free space"):
+        train(tmp_path, module=TwoPlayers(num_updates=2))
+
+
+def save_and_save_again(folder: Path) -> None:
+    os.environ["TMPDIR"] = "/dev/shm"  # another file system, as node-local disks are on clusters
+    io = AtomicCheckpointIO(background_above_mb=1e9)
+    state = {"state_dict": {"weight": torch.ones(5_000_000)}}
+    for update in range(1, 10_000):
+        io.save_checkpoint(state, path_of_update(folder, update), {"update": update})
+        io.remove_checkpoint(path_of_update(folder, update - 2))
+
+
+@pytest.mark.parametrize("num_kills", [6, pytest.param(40, marks=pytest.mark.slow)])
+def test_a_save_killed_at_any_point_leaves_a_good_checkpoint(
+    tmp_path: Path, num_kills: int
+) -> None:
+    draws = random.Random(num_kills)
+    for i in range(num_kills):
+        folder = tmp_path / str(i)
+        saving = Processes(1, save_and_save_again, folder)
+        wait_until(lambda folder=folder: any(folder.glob("*.ckpt")))
+        time.sleep(draws.uniform(0, 0.2))
+        saving.kill()
+        read_checkpoint(last_good_checkpoint(folder))
+        shutil.rmtree(folder)
