@@ -4,33 +4,38 @@ import sys
 
 import typer
 
+from ksr_distill.quickstart import path
 from ksr_distill.quickstart.ledger import Ledger
-from ksr_distill.quickstart.path import FOLDER, Command, commands, copy_photos
 from ksr_distill.quickstart.processes import (
     CommandFailedError,
     CommandInterruptedError,
     run_measured,
 )
+from ksr_distill.quickstart.results import add_enlarged_photo, add_usage, merge_curves
 
 
 def main() -> int:
     """Run what is not done yet and return the exit code."""
-    ledger = Ledger(FOLDER / "progress.json")
+    ledger = Ledger(path.FOLDER / "progress.json")
     try:
-        copy_photos()
-        for command in commands():
+        path.copy_photos()
+        for command in path.train_and_enlarge():
             run_once(command, ledger)
+        runs = {"teacher": path.TEACHER, "student": path.STUDENT}
+        merge_curves({run: folder / "metrics.csv" for run, folder in runs.items()}, path.CURVES)
+        run_once(path.evaluate(), ledger)
+        report(ledger)
     except CommandInterruptedError:
         typer.echo("\ninterrupted; make quickstart continues from here", err=True)
         return 130
     except (CommandFailedError, OSError, ValueError) as error:
         typer.echo(f"error: {error}; what is done is kept, make quickstart continues", err=True)
         return 1
-    typer.echo(str((FOLDER / "report.html").resolve()))
+    typer.echo(str(path.REPORT.resolve()))
     return 0
 
 
-def run_once(command: Command, ledger: Ledger) -> None:
+def run_once(command: path.Command, ledger: Ledger) -> None:
     """Run a command unless it is done, and write down what it took."""
     if ledger.is_done(command):
         typer.echo(f"# done before: {' '.join(command)}")
@@ -43,6 +48,18 @@ def run_once(command: Command, ledger: Ledger) -> None:
         raise
     ledger.add(command, usage, is_done=True)
     typer.echo(f"# {usage.seconds:.0f} s, {usage.peak_rss_gb:.2f} GB")
+
+
+def report(ledger: Ledger) -> None:
+    """Finish the report, and print the numbers that matter."""
+    summary = add_usage(path.METRICS, ledger)
+    usage = f"{summary['seconds']:.0f} s and {summary['peak_rss_gb']:.2f} GB for all commands"
+    add_enlarged_photo(path.REPORT, path.PHOTO, path.ENLARGED, usage=usage)
+    typer.echo(f"\n{usage}; on photos that nothing was trained on:")
+    for name, values in summary.items():
+        if isinstance(values, dict):
+            psnr, ratio = values["psnr_y"], values["top_octave_power_ratio"]
+            typer.echo(f"{name:<10} {psnr:6.2f} dB PSNR-Y, top-octave power ratio {ratio:.3f}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,11 @@ SHARDS = FOLDER / "shards"
 TEACHER = FOLDER / "teacher"
 STUDENT = FOLDER / "student"
 BEST = Path("checkpoints/best.ckpt")
-ENLARGED_PHOTO = "coffee"
-BENCHMARK = FOLDER / "benchmark"
+PHOTO = HELD_OUT / "coffee.png"
+ENLARGED = {scale: FOLDER / f"coffee_x{scale}.png" for scale in (2, 4)}
+REPORT = FOLDER / "report.html"
+METRICS = FOLDER / "metrics.json"
+CURVES = FOLDER / "curves.csv"
 
 Command = tuple[str, ...]
 
@@ -32,6 +35,11 @@ def copy_photos() -> None:
 
 def commands() -> list[Command]:
     """Return every command; each needs the ones before it."""
+    return [*train_and_enlarge(), evaluate()]
+
+
+def train_and_enlarge() -> list[Command]:
+    """Return the commands from photos to enlarged photos."""
     data = (
         f"data.shards={SHARDS}/train-000000.tar",
         f"data.val_shards={SHARDS}/val-000000.tar",
@@ -42,15 +50,16 @@ def commands() -> list[Command]:
         ("ksr", "export", str(TEACHER / BEST), str(TEACHER / "export")),
         ("python", "train.py", "+experiment=quickstart_flash", *data),
         ("ksr", "export", str(STUDENT / BEST), str(STUDENT / "export")),
-        upscale(2),
-        upscale(4),
-        ("python", "evaluate.py", "+experiment=quickstart"),
+        *(upscale(scale) for scale in ENLARGED),
     ]
 
 
 def upscale(scale: int) -> Command:
     """Return the command that enlarges a held-out photo beyond its own size."""
-    photo = HELD_OUT / f"{ENLARGED_PHOTO}.png"
-    out = FOLDER / f"{ENLARGED_PHOTO}_x{scale}.png"
-    model = STUDENT / "export"
-    return ("ksr", "upscale", *f"{photo} -o {out} --model {model} --scale {scale}".split())
+    options = f"-o {ENLARGED[scale]} --model {STUDENT / 'export'} --scale {scale}"
+    return ("ksr", "upscale", str(PHOTO), *options.split())
+
+
+def evaluate() -> Command:
+    """Return the command that measures teacher and student, and writes REPORT and METRICS."""
+    return ("python", "evaluate.py", "+experiment=quickstart", f"curves={CURVES}")
