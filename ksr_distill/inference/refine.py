@@ -16,7 +16,7 @@ from torch import Tensor
 from ksr_distill.diffusion import NoiseSchedule, student_timesteps
 from ksr_distill.inference.noise import PlaceNoise, Window
 from ksr_distill.inference.tiles import AxisPlan, TilePlan, plan_tiles
-from ksr_distill.models import movq as movq_codec
+from ksr_distill.models.movq import decode, downscale_factor, encode
 from ksr_distill.models.refiner import RefinerContext, RefinerUNet
 from ksr_distill.types import NoiseSource
 
@@ -73,19 +73,19 @@ def encode_in_tiles(movq: VQModel, picture: Float[Tensor, "b 3 H W"]) -> Float[T
     Args:
         picture: In [-1, 1]; both sides multiples of 8 latents' worth of pixels.
     """
-    factor = movq_codec.downscale_factor(movq)
+    factor = downscale_factor(movq)
     plan = _movq_plan(picture, factor)
     blended = _reduced(plan, factor)
-    return _blend(lambda i: movq_codec.encode(movq, _cut(picture, plan.window(i))), blended)
+    return _blend(lambda i: encode(movq, _part(picture, plan.window(i))), blended)
 
 
 def decode_in_tiles(movq: VQModel, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
     """Return the picture of latents of any size, float32 and unclamped."""
-    factor = movq_codec.downscale_factor(movq)
+    factor = downscale_factor(movq)
     height, width = (side * factor for side in latents.shape[-2:])
     plan = _plan(height, width, factor)
     windows = _reduced(plan, factor)
-    return _blend(lambda i: movq_codec.decode(movq, _cut(latents, windows.window(i))), plan)
+    return _blend(lambda i: decode(movq, _part(latents, windows.window(i))), plan)
 
 
 def match_low_frequencies(
@@ -132,12 +132,12 @@ class RefinerPass:
     @property
     def align(self) -> int:
         """What the corners and sides of tiles must be multiples of, in pixels."""
-        return self.refiner.stride * movq_codec.downscale_factor(self.movq)
+        return self.refiner.stride * downscale_factor(self.movq)
 
     @property
     def largest_tile_px(self) -> int:
         """What the refiner was used for: larger pictures are cut."""
-        return LARGEST_LATENT_TILE * movq_codec.downscale_factor(self.movq)
+        return LARGEST_LATENT_TILE * downscale_factor(self.movq)
 
     def __call__(
         self, tiles: Float[Tensor, "b 3 h w"], windows: Sequence[Window]
@@ -165,7 +165,7 @@ class RefinerPass:
         return refined.to(self.dtype)
 
     def _noise_source(self, windows: Sequence[Window], channels: int) -> NoiseSource:
-        factor = movq_codec.downscale_factor(self.movq)
+        factor = downscale_factor(self.movq)
         latent_windows = [_divided(window, factor) for window in windows]
         return self.noise.source(latent_windows, channels=channels, device=self.device)
 
@@ -194,7 +194,7 @@ def _divided(window: Window, factor: int) -> Window:
     )
 
 
-def _cut(image: Tensor, window: Window) -> Tensor:
+def _part(image: Tensor, window: Window) -> Tensor:
     rows = slice(window.top, window.top + window.height)
     return image[..., rows, window.left : window.left + window.width]
 
@@ -210,5 +210,5 @@ def _blend(compute: Callable[[int], Tensor], plan: TilePlan) -> Tensor:
         if total is None:
             total = tile.new_zeros(*tile.shape[:2], plan.rows.length, plan.columns.length)
         weights = plan.rows.weights(row)[:, None] * plan.columns.weights(column)
-        _cut(total, plan.window(index)).add_(weights.to(tile.device) * tile)
+        _part(total, plan.window(index)).add_(weights.to(tile.device) * tile)
     return total

@@ -143,8 +143,8 @@ def test_tiles_of_a_codec_that_sees_single_latents_equal_the_whole(movq, monkeyp
     def decode_alone(movq, latents):
         return torch.nn.functional.interpolate(latents, scale_factor=8.0)
 
-    monkeypatch.setattr("ksr_distill.models.movq.encode", encode_alone)
-    monkeypatch.setattr("ksr_distill.models.movq.decode", decode_alone)
+    monkeypatch.setattr("ksr_distill.inference.refine.encode", encode_alone)
+    monkeypatch.setattr("ksr_distill.inference.refine.decode", decode_alone)
     small_tiles(monkeypatch, overlap_px=32)
     image = picture(200, 424)
 
