@@ -1,7 +1,110 @@
-"""``ksr upscale``."""
+"""``ksr upscale``: pictures in, larger pictures out."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from ksr_distill.cli.errors import one_line_errors
+
+if TYPE_CHECKING:
+    from ksr_distill.inference.jobs import Job
+    from ksr_distill.inference.upscale import Upscaler
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to the console script."""
+    app.command("upscale")(upscale)
+
+
+@one_line_errors
+def upscale(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a folder of them.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="A file, or a folder: same tree.")],
+    model: Annotated[Path, typer.Option(help="A model folder (ksr export, ksr convert flash).")],
+    scale: Annotated[float, typer.Option("-s", "--scale", help="Any number ≥ 1.")] = 2.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Student steps: 1, 2, 4, 8. Default: the model's own.")
+    ] = None,
+    refine_steps: Annotated[int, typer.Option(help="Refiner steps after each pass: 0, 1, 2.")] = 0,
+    match_colours: Annotated[
+        bool, typer.Option("--match-colours", help="Keep coarse colours through the refiner.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same pixels.")] = 0,
+    tile: Annotated[
+        int | None, typer.Option(help="Largest side of a tile, px. Default: what fits.")
+    ] = None,
+    overlap: Annotated[int | None, typer.Option(help="Blended px between tiles.")] = None,
+    tile_batch: Annotated[int, typer.Option(min=1, help="Tiles at once.")] = 1,
+    format_name: Annotated[
+        str | None, typer.Option("--format", help="png, jpg, webp, tif or dz (DeepZoom).")
+    ] = None,
+    bits: Annotated[int | None, typer.Option(help="8 or 16. Default: the picture's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Full precision on a GPU.")] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave finished pictures alone.")
+    ] = False,
+    shard: Annotated[
+        str, typer.Option(help="i/n: this process's part of a folder, or of one picture's tiles.")
+    ] = "0/1",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")] = False,
+    max_megapixels: Annotated[float, typer.Option(help="Refuse larger sources.")] = 120.0,
+) -> None:
+    """Enlarge pictures of any size and kind, to any size; huge ones stream through the disk."""
+    from ksr_distill.inference.estimate import measure_speed
+    from ksr_distill.inference.jobs import Shard, parse_shard, plan_jobs
+    from ksr_distill.inference.loading import load_pipeline, pick_device
+    from ksr_distill.inference.upscale import Settings, Upscaler
+
+    if bits not in (None, 8, 16):
+        raise ValueError(f"--bits {bits} is not one of 8, 16")
+    part = parse_shard(shard)
+    jobs = plan_jobs(source, out, name=format_name)
+    if source.is_dir():
+        jobs, part = jobs[part.index :: part.count], Shard()
+    skipped = [job for job in jobs if skip_existing and job.target.exists()]
+    jobs = [job for job in jobs if job not in skipped]
+    upscaler = Upscaler(
+        load_pipeline(model, device=pick_device(device), fp32=fp32),
+        Settings(
+            scale=scale,
+            seed=seed,
+            num_inference_steps=steps,
+            refine_steps=refine_steps,
+            match_colours=match_colours,
+            tile_px=tile,
+            overlap_px=overlap,
+            tile_batch_size=tile_batch,
+            bits=bits,
+            max_megapixels=max_megapixels,
+        ),
+        shard=part,
+        measure=measure_speed,
+        is_dry_run=dry_run,
+    )
+    failed = _run_all(upscaler, jobs, num_skipped=len(skipped))
+    if not dry_run and failed < len(jobs) + len(skipped):
+        typer.echo((out if source.is_dir() else [*jobs, *skipped][0].target).resolve())
+    if failed:
+        raise SystemExit(1)
+
+
+def _run_all(upscaler: "Upscaler", jobs: "list[Job]", *, num_skipped: int) -> int:
+    """Run every job, whatever happens to the others; return how many failed."""
+    from ksr_distill.cli.progress import UpscaleProgress
+
+    failed = 0
+    with UpscaleProgress(len(jobs)) as progress:
+        for job in jobs:
+            try:
+                upscaler.run(job, progress)
+            except (ValueError, OSError) as error:
+                failed += 1
+                progress.failed(job, error)
+            progress.picture_done()
+    if failed or num_skipped or len(jobs) > 1:
+        done = len(jobs) - failed
+        sys.stderr.write(f"{done} done, {num_skipped} skipped, {failed} failed\n")
+    return failed

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -22,6 +23,8 @@ DEFAULT_TILE_PX = 2048
 """1024² → 2048², the released system's own example, is one tile."""
 
 SMALLEST_TILE_PX = 64
+
+POLL_SECONDS, MAX_POLL_SECONDS = 0.1, 10.0
 
 
 @runtime_checkable
@@ -167,16 +170,20 @@ def run_passes(
     Args:
         open_store: Gives a pass its store; tiles that are done there are not made again.
         order: The tiles to make, in their order, from the tiles that are missing. A process that
-            shares the work with others returns its part of them.
-        on_tile: Called with the pass's stage after each tile, and for each that was there already.
+            shares the work with others returns its part of them, and waits for the rest between
+            passes; for those of the last pass ``wait_until_whole`` waits.
+        on_tile: Called with the pass's stage after each tile.
     """
     for tile_pass in passes:
+        if isinstance(source, BlendedRaster):
+            wait_until_whole(source)
         source, tiling = run_pass(
             source, tile_pass, tiling=tiling, open_store=open_store, order=order, on_tile=on_tile
         )
     return source
 
 
+@torch.no_grad()
 def run_pass(
     source: Raster,
     tile_pass: TilePass,
@@ -196,6 +203,16 @@ def run_pass(
         if fitted.tile_px == tiling.tile_px:
             return BlendedRaster(plan, store, height, width), fitted
         tiling = fitted
+
+
+def wait_until_whole(raster: BlendedRaster) -> None:
+    """Return when every tile is there, made by this process or by another."""
+    wait = POLL_SECONDS
+    while missing := sum(not raster.store.is_done(i) for i in range(len(raster.plan))):
+        logger.info("waiting for %d tiles of other processes", missing)
+        time.sleep(wait)
+        wait = min(2 * wait, MAX_POLL_SECONDS)
+        raster.store.refresh()
 
 
 def _make_tiles(

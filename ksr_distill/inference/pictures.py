@@ -137,7 +137,7 @@ def _decoded_by_pillow(path: Path, max_megapixels: float) -> pyvips.Image:
         raise ValueError(f"{path} cannot be read as a picture: unknown format") from error
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"{path} has too many pixels: {error}") from error
-    except (SyntaxError, struct.error) as error:
+    except (SyntaxError, OSError, struct.error) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
 
 

@@ -143,6 +143,10 @@ def plan_tiles(height: int, width: int, *, tile_px: int, overlap_px: int, align:
 class TileStore(Protocol):
     """Where finished tiles wait to be blended."""
 
+    def refresh(self) -> None:
+        """Notice what other processes have made in the meantime."""
+        ...
+
     def is_done(self, index: int) -> bool:
         """Tell whether the tile is there, whole."""
         ...
@@ -161,6 +165,9 @@ class MemoryStore:
     """Tiles in memory, in the dtype that the network gave."""
 
     tiles: dict[int, Tensor] = field(default_factory=dict)
+
+    def refresh(self) -> None:
+        """Do nothing: a process's memory is its own."""
 
     def is_done(self, index: int) -> bool:
         """Tell whether the tile is there."""

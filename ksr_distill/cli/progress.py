@@ -1,0 +1,69 @@
+"""What ``ksr upscale`` shows while it works: a bar for the tiles, and one for the pictures."""
+
+import logging
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from ksr_distill.inference.estimate import Estimate
+    from ksr_distill.inference.jobs import Job
+    from ksr_distill.inference.pictures import Picture
+
+
+class UpscaleProgress:
+    """Bars and lines on stderr; warnings of the rooms below appear between them."""
+
+    def __init__(self, num_pictures: int) -> None:
+        self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._pictures = self._bars.add_task(
+            "pictures", total=num_pictures, visible=num_pictures > 1
+        )
+        self._tiles = self._bars.add_task("tiles", total=None)
+        self._handler = RichHandler(
+            console=self._console, show_time=False, show_level=False, show_path=False
+        )
+
+    def __enter__(self) -> Self:
+        logging.getLogger("ksr_distill").addHandler(self._handler)
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+        logging.getLogger("ksr_distill").removeHandler(self._handler)
+
+    def planned(self, job: "Job", picture: "Picture", estimate: "Estimate") -> None:
+        """Print the plan of a picture, and what its file has that the user should know."""
+        self._say(f"{job.source.name}: {picture.width}×{picture.height} → {estimate.in_words()}")
+        for note in picture.notes:
+            self._say(f"warning: {job.source} {note}")
+        self._bars.reset(self._tiles, total=estimate.num_tiles, description=job.source.name)
+
+    def tile_done(self) -> None:
+        """Move the tiles' bar."""
+        self._bars.advance(self._tiles)
+
+    def picture_done(self) -> None:
+        """Move the pictures' bar."""
+        self._bars.advance(self._pictures)
+
+    def failed(self, job: "Job", error: Exception) -> None:
+        """Print a picture's error in one line."""
+        text = " ".join(str(error).split())
+        prefix = "" if str(job.source) in text or str(job.target) in text else f"{job.source}: "
+        self._say(f"error: {prefix}{text}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False)

@@ -1,0 +1,107 @@
+"""Which pictures become which files."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from ksr_distill.inference.pictures import SUFFIXES
+from ksr_distill.inference.writing import FORMATS, format_of
+
+
+class Job(NamedTuple):
+    """One picture and where it goes.
+
+    Attributes:
+        name: The format's, a key of FORMATS.
+    """
+
+    source: Path
+    target: Path
+    name: str
+
+
+class Shard(NamedTuple):
+    """Which part of the work this process does: part ``index`` of ``count``, from 0."""
+
+    index: int = 0
+    count: int = 1
+
+
+def parse_shard(text: str) -> Shard:
+    """Return "2/8" as the third of eight parts; parts are counted from 0."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--shard {text} is not i/n with 0 ≤ i < n; use e.g. 0/8 to 7/8")
+    return Shard(int(index), int(count))
+
+
+def plan_jobs(source: Path, out: Path, *, name: str | None) -> list[Job]:
+    """Return the pictures of a file or folder and their targets; a folder's tree is kept.
+
+    Args:
+        out: A file for a file, or a folder.
+        name: The format; by default the target's, else the source's own, else PNG.
+
+    Raises:
+        ValueError: If there is no picture, or if two would have one target.
+        OSError: If the source does not exist.
+    """
+    if name is not None and name not in FORMATS:
+        raise ValueError(f"--format {name} is not one of {', '.join(FORMATS)}")
+    if source.is_dir():
+        jobs = [_job(path, out / path.relative_to(source), name) for path in _pictures(source, out)]
+        if not jobs:
+            raise ValueError(f"{source} has no pictures in it ({', '.join(SUFFIXES)})")
+    else:
+        source.stat()
+        jobs = [_single_job(source, out, name)]
+    _check_targets(jobs)
+    return jobs
+
+
+def _pictures(folder: Path, out: Path) -> list[Path]:
+    """Return a folder's pictures, without hidden ones and without what lies in the output."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and (out == folder or out not in path.parents)
+    ]
+
+
+def _single_job(source: Path, out: Path, name: str | None) -> Job:
+    is_file = bool(out.suffix) and not out.is_dir()
+    if not is_file:
+        return _job(source, out / source.name, name)
+    own = format_of(out)
+    if name not in (None, own):
+        raise ValueError(f"-o {out} and --format {name} disagree; leave one of them out")
+    return _job(source, out, own, keep_suffix=True)
+
+
+def _job(source: Path, like: Path, name: str | None, *, keep_suffix: bool = False) -> Job:
+    """Return a job whose target has the format's suffix; a DeepZoom is a folder without one."""
+    if name is None:
+        name = next((n for n, f in FORMATS.items() if like.suffix.lower() in f.suffixes), "png")
+    suffixes = FORMATS[name].suffixes
+    if name == "dz":
+        return Job(source, like.with_suffix(""), name)
+    if keep_suffix or like.suffix.lower() in suffixes:
+        return Job(source, like, name)
+    return Job(source, like.with_suffix(suffixes[0]), name)
+
+
+def _check_targets(jobs: list[Job]) -> None:
+    seen: dict[Path, Path] = {}
+    for job in jobs:
+        if job.target.resolve() == job.source.resolve():
+            raise ValueError(
+                f"{job.source} would be overwritten by its enlargement; use another -o"
+            )
+        if job.target in seen:
+            raise ValueError(
+                f"{seen[job.target]} and {job.source} would both become {job.target}; "
+                "rename one, or leave --format out"
+            )
+        seen[job.target] = job.source

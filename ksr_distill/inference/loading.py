@@ -1,0 +1,99 @@
+"""A model folder onto a device, in the dtype that suits it."""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
+
+from ksr_distill.inference.estimate import as_size, free_memory_bytes
+from ksr_distill.inference.pipeline import KSRFlashPipeline
+
+logger = logging.getLogger(__name__)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the named device, or the fastest there is."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"--device {name} is not usable here: {str(error).splitlines()[0]}"
+        ) from error
+    return device
+
+
+def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> KSRFlashPipeline:
+    """Return the pipeline of a model folder.
+
+    Half precision on accelerators, with MoVQ in float32 as the released system runs it; float32 on
+    a CPU, which computes half precision slower. Weights that do not fit into the accelerator
+    together are moved there one by one.
+
+    Raises:
+        ValueError: If the folder is not a whole pipeline of ours.
+    """
+    class_name = _class_name(folder)
+    if class_name != KSRFlashPipeline.__name__:
+        raise ValueError(
+            f"{folder} holds a {class_name}; ksr upscale runs a {KSRFlashPipeline.__name__}, made "
+            "by ksr export or ksr convert flash"
+        )
+    diffusers_logging.disable_progress_bar()
+    half = device.type != "cpu" and not fp32
+    dtype = {"default": torch.float16, "movq": torch.float32} if half else torch.float32
+    try:
+        with warnings.catch_warnings():
+            # diffusers renames this argument; both names have to work over our range of versions.
+            warnings.simplefilter("ignore", FutureWarning)
+            pipeline = KSRFlashPipeline.from_pretrained(
+                folder,
+                torch_dtype=dtype,
+                variant=_variant(folder, half=half),
+                use_safetensors=True,
+                local_files_only=True,
+            )
+    except (RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return _placed(pipeline, device)
+
+
+def _class_name(folder: Path) -> str:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"--model {folder} is no model folder (model_index.json is missing); give one made by "
+            "ksr export or ksr convert flash"
+        )
+    try:
+        name = json.loads(index.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} names no pipeline class: {error!r}") from error
+    return name[-1] if isinstance(name, list) else name
+
+
+def _variant(folder: Path, *, half: bool) -> str | None:
+    """Return fp16 where such files are there and wanted, or where there are no others."""
+    names = [path.name for path in (folder / "sr").glob("*.safetensors")]
+    halves = [name for name in names if ".fp16." in name]
+    return "fp16" if halves and (half or len(halves) == len(names)) else None
+
+
+def _placed(pipeline: KSRFlashPipeline, device: torch.device) -> KSRFlashPipeline:
+    models = [m for m in pipeline.components.values() if isinstance(m, ModelMixin)]
+    needed = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+    if device.type == "cuda" and needed > 0.6 * free_memory_bytes(device):
+        logger.warning("%s of weights: the networks take turns on the GPU", as_size(needed))
+        pipeline.enable_model_cpu_offload(device=device)
+        return pipeline
+    return pipeline.to(device)

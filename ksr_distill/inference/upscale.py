@@ -1,0 +1,167 @@
+"""One picture file to one enlarged file, in memory or streamed through the disk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ksr_distill.inference.estimate import (
+    Estimate,
+    check_disk,
+    estimate_job,
+    largest_fitting_tile,
+)
+from ksr_distill.inference.jobs import Job, Shard
+from ksr_distill.inference.passes import TilePass, Tiling, run_passes, wait_until_whole
+from ksr_distill.inference.pictures import Picture, open_picture
+from ksr_distill.inference.pipeline import KSRFlashPipeline, draw_seeds, resized
+from ksr_distill.inference.tiles import BlendedRaster
+from ksr_distill.inference.workspace import Workspace, file_fingerprint, weights_fingerprint
+from ksr_distill.inference.writing import FORMATS, check_target, write_picture
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the pixels, beside the picture and the model.
+
+    Attributes:
+        seed: As ``torch.Generator().manual_seed(seed)`` given to the pipeline.
+        tile_px: The largest side of a tile; null means what fits into memory, up to 2048 on a GPU
+            and 1024 on a CPU.
+        bits: 8 or 16; null means the picture's own where the format can hold it.
+    """
+
+    scale: float
+    seed: int = 0
+    num_inference_steps: int | None = None
+    refine_steps: int = 0
+    match_colours: bool = False
+    tile_px: int | None = None
+    overlap_px: int | None = None
+    tile_batch_size: int = 1
+    bits: int | None = None
+    max_megapixels: float = 120.0
+
+
+class Progress(Protocol):
+    """Who is told how a picture comes along."""
+
+    def planned(self, job: Job, picture: Picture, estimate: Estimate) -> None:
+        """Hear the plan before the first tile."""
+        ...
+
+    def tile_done(self) -> None:
+        """Hear of each finished tile."""
+        ...
+
+
+@dataclass(frozen=True)
+class Upscaler:
+    """A loaded pipeline with its settings, for one picture after the other.
+
+    Attributes:
+        shard: With a count above 1, the tiles of each picture are shared with other processes.
+        fingerprint: Of the weights, so that a workspace knows its model.
+        measure: Times the passes for large jobs; null prints no time.
+    """
+
+    pipeline: KSRFlashPipeline
+    settings: Settings
+    shard: Shard
+    measure: Callable[[list[TilePass]], list[float]] | None = None
+    is_dry_run: bool = False
+
+    def run(self, job: Job, progress: Progress) -> bool:
+        """Enlarge one picture; tell whether this process wrote (or would write) the file.
+
+        Raises:
+            ValueError: If the picture, or the format for its size, will not do.
+            OSError: If it cannot be read or written.
+        """
+        settings = self.settings
+        picture = open_picture(job.source, max_megapixels=settings.max_megapixels)
+        passes = self._passes()
+        tiling = self._tiling(passes)
+        bits = self._bits(picture, job.name)
+        estimate = self._estimate(picture, passes, tiling, job.name, bits)
+        progress.planned(job, picture, estimate)
+        height, width = estimate.height, estimate.width
+        has_alpha = picture.alpha is not None
+        check_target(job.name, height=height, width=width, bits=bits, has_alpha=has_alpha)
+        if self.is_dry_run:
+            return False
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        streamed = estimate.workspace_bytes > 0 or self.shard.count > 1
+        workspace = self._open_workspace(job, tiling) if streamed else None
+        needed = estimate.file_bytes + estimate.workspace_bytes
+        check_disk(job.target.parent, needed - (workspace.used_bytes() if workspace else 0))
+        options = {"open_store": workspace.open_store} if workspace else {}
+        enlarged = run_passes(
+            picture.colour,
+            passes,
+            tiling=tiling,
+            order=lambda missing: [i for i in missing if i % self.shard.count == self.shard.index],
+            on_tile=lambda _: progress.tile_done(),
+            **options,
+        )
+        if self.shard.index > 0:
+            return False
+        if isinstance(enlarged, BlendedRaster):
+            wait_until_whole(enlarged)
+        result = resized(enlarged, picture.colour, settings.scale)
+        write_picture(result, picture, job.target, name=job.name, bits=bits)
+        if workspace:
+            workspace.remove()
+        return True
+
+    def _passes(self) -> list[TilePass]:
+        settings = self.settings
+        generator = torch.Generator().manual_seed(settings.seed)
+        self.pipeline.check_inputs(settings.scale, settings.refine_steps, "pil")
+        return self.pipeline.passes(
+            settings.scale,
+            seed=draw_seeds(generator, 1)[0],
+            num_inference_steps=settings.num_inference_steps,
+            refine_steps=settings.refine_steps,
+            match_colours=settings.match_colours,
+        )
+
+    def _tiling(self, passes: list[TilePass]) -> Tiling:
+        settings = self.settings
+        device = self.pipeline._execution_device
+        tile_px = settings.tile_px or largest_fitting_tile(passes[0], device)
+        return Tiling(tile_px, settings.overlap_px, settings.tile_batch_size)
+
+    def _bits(self, picture: Picture, name: str) -> int:
+        if self.settings.bits is not None:
+            return self.settings.bits
+        return picture.bits if FORMATS[name].has_16_bits else 8
+
+    def _estimate(
+        self, picture: Picture, passes: list[TilePass], tiling: Tiling, name: str, bits: int
+    ) -> Estimate:
+        options = {"scale": self.settings.scale, "name": name, "bits": bits}
+        untimed = estimate_job(picture, passes, tiling, seconds_per_px=None, **options)
+        if self.measure is None or not (untimed.workspace_bytes or self.is_dry_run):
+            return untimed
+        rates = self.measure(passes)
+        return estimate_job(picture, passes, tiling, seconds_per_px=rates, **options)
+
+    def _open_workspace(self, job: Job, tiling: Tiling) -> Workspace:
+        pipeline, settings = self.pipeline, self.settings
+        models = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
+        decisive: dict[str, object] = {
+            "picture": file_fingerprint(job.source),
+            "weights": weights_fingerprint(models),
+            "student_timesteps": list(pipeline.config.student_timesteps),
+            "model_scale": pipeline.config.scale,
+            "scale": settings.scale,
+            "seed": settings.seed,
+            "num_inference_steps": settings.num_inference_steps,
+            "refine_steps": settings.refine_steps,
+            "match_colours": settings.match_colours,
+            "tile_px": tiling.tile_px,
+            "overlap_px": tiling.overlap_px,
+        }
+        return Workspace.open(job.target, decisive, worker=self.shard.index)
