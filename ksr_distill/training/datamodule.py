@@ -9,7 +9,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -32,20 +32,11 @@ from ksr_distill.data.patterns import expand_shards
 from ksr_distill.data.plan import SamplePlan, UpdateSampler
 from ksr_distill.data.reader import PictureDataset, ShardDataset
 from ksr_distill.data.streams import StreamDataset, expand_stream
+from ksr_distill.degradation import Degradation
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.types import Batch
 
 log = logging.getLogger(__name__)
-
-
-class Degradation(Protocol):
-    """Makes low-resolution images out of high-resolution ones."""
-
-    def __call__(
-        self, hires: Float[Tensor, "b 3 H W"], *, generator: torch.Generator
-    ) -> Float[Tensor, "b 3 h w"]:
-        """Return the degraded images; draw from the generator alone, on the images' device."""
-        ...
 
 
 class HiresDataModule(LightningDataModule):
@@ -63,7 +54,6 @@ class HiresDataModule(LightningDataModule):
         shards: str | Sequence[str],
         val_shards: str | Sequence[str] | None,
         degradation: Degradation,
-        scale: int,
         seed: int,
         num_updates: int,
         crop_px: int,
@@ -84,7 +74,7 @@ class HiresDataModule(LightningDataModule):
         self.shards = shards
         self.val_shards = val_shards
         self.degradation = degradation
-        self.scale = scale
+        self.scale = degradation.scale
         self.seed = seed
         self.num_updates = num_updates
         self.crop_px = crop_px
@@ -198,17 +188,18 @@ class HiresDataModule(LightningDataModule):
         """Return a loader of this rank's batches from start_update on."""
 
     def _accumulate(self, world_size: int) -> int:
-        micro = self.micro_batch_size or max(self.batch_size // world_size, 1)
-        if self.batch_size % (world_size * micro):
-            name = "data.batch_size" if self.micro_batch_size is None else "data.micro_batch_size"
-            value = self.batch_size if self.micro_batch_size is None else self.micro_batch_size
-            below = self.batch_size // (world_size * micro) * world_size * micro
-            raise ValueError(
-                f"{name}={value}: the global batch data.batch_size={self.batch_size} cannot be cut "
-                f"into micro-batches of {micro} on {world_size} processes; use a multiple of "
-                f"{world_size * micro}, such as {max(below, world_size * micro)}"
+        micro = self.micro_batch_size
+        unit = world_size * (micro or 1)
+        if self.batch_size % unit:
+            below = max(self.batch_size // unit * unit, unit)
+            shared = f"{world_size} processes" + (
+                f" with micro-batches of {micro}" if micro else ""
             )
-        return self.batch_size // (world_size * micro)
+            raise ValueError(
+                f"data.batch_size={self.batch_size} cannot be shared by {shared} "
+                f"(data.micro_batch_size={micro}); use a multiple of {unit}, such as {below}"
+            )
+        return self.batch_size // unit if micro else 1
 
     def _check_validation(self, world_size: int) -> None:
         if self.val_shards is None:
