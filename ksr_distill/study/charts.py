@@ -2,6 +2,7 @@
 
 import io
 import re
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -16,7 +17,7 @@ BOTH, NEITHER = 2, 3
 ORDER = (B, BOTH, NEITHER, A)
 COLOURS = {A: "#f4a259", B: "#2a78b5", BOTH: "#b9d7ea", NEITHER: "#e3e3e3"}
 INK = {A: "#222222", B: "#ffffff", BOTH: "#222222", NEITHER: "#222222"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import diffusers
 import torch
@@ -38,7 +38,7 @@ class Recipe(NamedTuple):
 
 def load_text_to_image(
     folder: Path, *, dtype: torch.dtype, device: str, trust_remote_code: bool = False
-) -> DiffusionPipeline:
+) -> Callable[..., Any]:
     """Return the folder's pipeline; nothing is downloaded.
 
     Args:
@@ -70,7 +70,7 @@ def load_text_to_image(
             f"{folder}: {type(pipe).__name__} takes no prompt; give a text-to-image one"
         )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return cast(Callable[..., Any], pipe.to(device))
 
 
 def picture_generator(seed: int, prompt_id: str) -> torch.Generator:
@@ -80,7 +80,7 @@ def picture_generator(seed: int, prompt_id: str) -> torch.Generator:
 
 
 def generate_pictures(
-    pipe: DiffusionPipeline,
+    pipe: Callable[..., Any],
     prompts: list[Prompt],
     out: Path,
     *,

@@ -14,7 +14,7 @@ from ksr_distill.study.charts import category_chart, overall_chart
 from ksr_distill.study.exports import write_label_studio, write_votes_csv
 from ksr_distill.study.findings import Findings, find, points
 from ksr_distill.study.pictures import thumbnail_jpeg
-from ksr_distill.study.statistics import OUTCOMES, Interval, Summary
+from ksr_distill.study.statistics import NUM_REPLICATES, OUTCOMES, Interval, Summary
 from ksr_distill.study.store import Pair
 from ksr_distill.study.tally import Tally, read_tally
 
@@ -106,6 +106,7 @@ def _html(folder: Path, findings: Findings, tally: Tally) -> str:
         charts=[Markup(chart) for chart in charts],  # matplotlib escaped the labels
         disputed=[(item, _thumbnails(folder, item.pair)) for item in findings.disputed],
         num_undone=tally.num_undone,
+        num_replicates=NUM_REPLICATES,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 

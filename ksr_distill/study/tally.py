@@ -61,7 +61,7 @@ def read_tally(folder: Path) -> Tally:
     rows = store.rows(QUERY)
     ((num_undone,),) = store.rows("SELECT COUNT(*) FROM undone")
     store.close()
-    votes = [Vote(*row[:9], outcome_of(row[7], row[8]), *row[9:]) for row in rows]
+    votes = [Vote._make((*row[:9], outcome_of(row[7], row[8]), *row[9:])) for row in rows]
     return Tally(store.settings, pairs, votes, num_undone)
 
 
