@@ -135,7 +135,8 @@ class PreemptionGuard(Checkpoint):
 
     def _give_back(self) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == self._note:  # else Lightning has given it back already
+                signal.signal(number, handler)
         self._before.clear()
         self._received = 0
 

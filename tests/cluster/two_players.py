@@ -65,6 +65,8 @@ class TwoPlayers(pl.LightningModule):
         self.update = 0
         self.at: Callable[[TwoPlayers, str], None] = lambda *_: None
         self.gradients: dict[str, Tensor] = {}
+        self.logged: dict[str, float] = {}
+        self.register_buffer("skipped_in_a_row", torch.zeros(2, dtype=torch.int64))
         object.__setattr__(self, "wrapped", {})
 
     def trainable_networks(self) -> dict[str, nn.Module]:
@@ -205,7 +207,7 @@ def train(
         "check_val_every_n_epoch": None,
         "default_root_dir": folder,
     }
-    if world > 1:
+    if world > 1 and "strategy" not in (trainer or {}):
         arguments["strategy"] = PerNetworkDDP(
             timeout_s=timeout_s, process_group_backend="gloo", bucket_cap_mb=0.01
         )
