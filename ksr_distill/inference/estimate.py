@@ -85,7 +85,7 @@ def estimate_job(
     passes: Sequence[TilePass],
     tiling: Tiling,
     *,
-    scale: float,
+    scale: float | int,
     name: str,
     bits: int,
     seconds_per_px: Sequence[float] | None,

@@ -74,7 +74,7 @@ class KSRFlashPipeline(DiffusionPipeline):
     def __call__(  # noqa: PLR0913 - what a user may choose, all by keyword
         self,
         image: Pictures,
-        scale: float | None = None,
+        scale: float | int | None = None,
         *,
         num_inference_steps: int | None = None,
         refine_steps: int = 0,
@@ -131,7 +131,7 @@ class KSRFlashPipeline(DiffusionPipeline):
     def enlarge(
         self,
         source: Raster,
-        scale: float | None = None,
+        scale: float | int | None = None,
         *,
         seed: int,
         tiling: Tiling,
@@ -154,7 +154,7 @@ class KSRFlashPipeline(DiffusionPipeline):
 
     def passes(
         self,
-        scale: float,
+        scale: float | int,
         *,
         seed: int,
         num_inference_steps: int | None = None,
@@ -194,7 +194,7 @@ class KSRFlashPipeline(DiffusionPipeline):
                 )
         return passes
 
-    def check_inputs(self, scale: float | None, refine_steps: int, output_type: str) -> None:
+    def check_inputs(self, scale: float | int | None, refine_steps: int, output_type: str) -> None:
         """Refuse what cannot be done, by its argument's name."""
         if scale is not None and not (scale >= 1 and math.isfinite(scale)):
             raise ValueError(f"scale={scale} is no enlargement; use any number ≥ 1")
@@ -265,7 +265,7 @@ def align_weights(module: torch.nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
-def num_passes(scale: float, factor: int) -> int:
+def num_passes(scale: float | int, factor: int) -> int:
     """Return how many passes of a factor reach the scale: at least one, which also cleans up."""
     passes, reached = 1, factor
     while reached < scale:
@@ -273,7 +273,7 @@ def num_passes(scale: float, factor: int) -> int:
     return passes
 
 
-def resized(enlarged: Raster, source: Raster, scale: float) -> Raster:
+def resized(enlarged: Raster, source: Raster, scale: float | int) -> Raster:
     """Return the raster at the source's size times the scale, to the nearest pixel."""
     height, width = round(source.height * scale), round(source.width * scale)
     if (enlarged.height, enlarged.width) == (height, width):

@@ -81,7 +81,7 @@ class KSRTeacherPipeline(DiffusionPipeline):
     def __call__(
         self,
         image: Pictures,
-        scale: float | None = None,
+        scale: float | int | None = None,
         *,
         num_inference_steps: int | None = None,
         view_batch_size: int | None = None,

@@ -32,7 +32,7 @@ class Settings:
         bits: 8 or 16; null means the picture's own where the format can hold it.
     """
 
-    scale: float
+    scale: float | int
     seed: int = 0
     num_inference_steps: int | None = None
     refine_steps: int = 0

@@ -1,0 +1,131 @@
+import logging
+
+import pytest
+import torch
+
+from ksr_distill.diffusion import sample_teacher
+from ksr_distill.inference import KSRTeacherPipeline
+from ksr_distill.inference.noise import PlaceNoise, Window
+from ksr_distill.inference.pipeline import draw_seeds
+from ksr_distill.inference.teacher import scale_of_released_file, views_that_fit
+from ksr_distill.models.weights import sr_unet_from_released
+from tests.golden import golden_shapes, golden_weights
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return sr_unet_from_released(golden_weights(golden_shapes("tiny_state_dicts/sr_unet")))
+
+
+@pytest.fixture
+def teacher(unet):
+    return KSRTeacherPipeline(sr=unet, scale=2, num_inference_steps=2, window_px=32, stride_px=24)
+
+
+def photo(height=20, width=28):
+    return torch.rand(3, height, width, generator=torch.Generator().manual_seed(5))
+
+
+def seeded(seed=1):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_pipeline_is_the_released_sampler_on_the_noise_of_the_place(teacher, unet):
+    out = teacher(photo(), generator=seeded(), output_type="pt").images[0]
+
+    seed = draw_seeds(seeded(), 1)[0]
+    sample = sample_teacher(
+        unet,
+        photo()[None] * 2 - 1,
+        start=PlaceNoise(seed, 0).draw(0, Window(0, 0, 40, 56))[None],
+        num_inference_steps=2,
+        window_px=32,
+        stride_px=24,
+        view_batch_size=1,
+    )
+    assert torch.allclose(out, (sample[0].clamp(-1, 1) + 1) / 2, atol=1e-6)
+
+
+def test_the_batch_of_views_does_not_change_the_picture(teacher):
+    one, all_at_once = (
+        teacher(photo(), view_batch_size=size, generator=seeded(), output_type="pt").images
+        for size in (1, 100)
+    )
+    assert torch.allclose(one, all_at_once, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scale", "size"), [(1, (9, 7)), (2, (18, 14)), (3, (27, 21)), (4, (36, 28))]
+)
+def test_any_scale_and_any_size(teacher, scale, size):
+    out = teacher(photo(9, 7), scale=scale, output_type="pt").images[0]
+    assert out.shape == (3, *size)
+
+
+def test_a_teacher_of_four_enlarges_by_four_at_once(unet):
+    teacher = KSRTeacherPipeline(sr=unet, scale=4, num_inference_steps=1)
+    assert teacher(photo(10, 13), output_type="np").images.shape == (1, 40, 52, 3)
+
+
+def test_the_folder_gives_the_same_pixels(teacher, tmp_path):
+    teacher.save_pretrained(tmp_path)
+    loaded = KSRTeacherPipeline.from_pretrained(tmp_path)
+    settings = ("scale", "num_inference_steps", "window_px", "stride_px")
+    assert all(loaded.config[key] == teacher.config[key] for key in settings)
+    ours, theirs = (
+        p(photo(), generator=seeded(), output_type="pt").images for p in (teacher, loaded)
+    )
+    assert torch.equal(ours, theirs)
+
+
+def test_out_of_memory_halves_the_views_and_says_so(teacher, monkeypatch, caplog):
+    asked = []
+
+    def sample_in_little_memory(*args, view_batch_size, **kwargs):
+        asked.append(view_batch_size)
+        if view_batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample_teacher(*args, view_batch_size=view_batch_size, **kwargs)
+
+    monkeypatch.setattr("ksr_distill.inference.teacher.sample_teacher", sample_in_little_memory)
+    with caplog.at_level(logging.WARNING):
+        teacher(photo(), view_batch_size=5)
+
+    assert asked == [4, 2]  # four views are all there are
+    assert "going on with view_batch_size=2" in caplog.text
+
+
+def test_the_views_that_fit_follow_from_the_free_memory():
+    # 16 maps of 1024² × 128 halves are 4.3 GB: four fifths of 24 GB hold four of them.
+    options = {"window_px": 1024, "channels": 128, "itemsize": 2}
+    assert views_that_fit(24 * 10**9, **options) == 4
+    assert views_that_fit(0, **options) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("KandiSuperRes.ckpt", 4),
+        ("KandiSuperRes_x2.ckpt", 2),
+        ("KandiSuperRes_flash_x2.pt", 2),
+        ("mine_x4_ema.pt", 4),
+        ("mine_x48.pt", 2),
+        ("teacher.ckpt", 2),
+    ],
+)
+def test_the_scale_is_read_off_the_released_names(name, scale):
+    assert scale_of_released_file(name) == scale
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": 0.5}, "scale=0.5 is no enlargement"),
+        ({"scale": float("nan")}, "scale=nan"),
+        ({"output_type": "jpeg"}, "output_type='jpeg' is not one of pil, np, pt"),
+        ({"view_batch_size": 0}, "view_batch_size=0 is below 1"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(teacher, options, message):
+    with pytest.raises(ValueError, match=message):
+        teacher(photo(), **options)
