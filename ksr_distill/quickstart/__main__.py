@@ -5,6 +5,7 @@ import sys
 import typer
 
 from ksr_distill.quickstart import path
+from ksr_distill.quickstart.comparison import write_comparison
 from ksr_distill.quickstart.ledger import Ledger
 from ksr_distill.quickstart.processes import (
     CommandFailedError,
@@ -55,6 +56,7 @@ def report(ledger: Ledger) -> None:
     summary = add_usage(path.METRICS, ledger)
     usage = f"{summary['seconds']:.0f} s and {summary['peak_rss_gb']:.2f} GB for all commands"
     add_enlarged_photo(path.REPORT, path.PHOTO, path.ENLARGED, usage=usage)
+    write_comparison(path.compared_pictures(), path.COMPARED_PLACE, path.COMPARISON)
     typer.echo(f"\n{usage}; on photos that nothing was trained on:")
     for name, values in summary.items():
         if isinstance(values, dict):

@@ -21,6 +21,9 @@ PHOTO = HELD_OUT / "coffee.png"
 ENLARGED = {scale: FOLDER / f"coffee_x{scale}.png" for scale in (2, 4)}
 REPORT = FOLDER / "report.html"
 METRICS = FOLDER / "metrics.json"
+# The README's picture; a place with fur and an eye.
+COMPARISON = FOLDER / "comparison.png"
+COMPARED_PHOTO, COMPARED_PLACE = "chelsea", (120, 70)
 CURVES = FOLDER / "curves.csv"
 
 Command = tuple[str, ...]
@@ -63,3 +66,15 @@ def upscale(scale: int) -> Command:
 def evaluate() -> Command:
     """Return the command that measures teacher and student, and writes REPORT and METRICS."""
     return ("python", "evaluate.py", "+experiment=quickstart", f"curves={CURVES}")
+
+
+def compared_pictures() -> list[tuple[str, Path]]:
+    """Return label and file of what evaluate.py saved of one photo."""
+    folder = FOLDER / "pictures" / COMPARED_PHOTO
+    labels = {
+        "bicubic": "bicubic",
+        "teacher_1": "teacher, one step",
+        "student_4": "student, four steps",
+        "original": "original",
+    }
+    return [(label, folder / f"{model}.png") for model, label in labels.items()]
