@@ -79,7 +79,7 @@ def build(
     agreement: Annotated[float, typer.Option(help="Expected correlation of two raters.")] = 0.3,
     view: Annotated[View, typer.Option(help="True size, or the whole picture.")] = View.FULL,
     picture_format: Annotated[
-        Format, typer.Option(help="png is lossless, 5× larger.")
+        Format, typer.Option(help="png is lossless, 2× larger.")
     ] = Format.JPEG,
     show_prompts: Annotated[bool, typer.Option(help="Whether raters read the prompt.")] = True,
     checks: Annotated[int, typer.Option(help="Attention checks of each kind.")] = 10,
