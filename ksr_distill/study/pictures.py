@@ -129,7 +129,7 @@ def write_shown(picture: Image.Image, stem: Path, picture_format: PictureFormat)
         picture.save(path, compress_level=4)
     else:
         path = stem.with_name(stem.name + ".jpg")
-        # On Set5 and Set14: 46 dB in the median, 43 at worst (95 gives 42 and 36), half a PNG's size.
+        # On Set5 and Set14: 46 dB in the median, 43 at worst (95: 42 and 36), half a PNG's size.
         picture.save(path, quality=98, subsampling=0)
     return path.name
 
