@@ -111,7 +111,8 @@ class _Trouble:
 
     def handle(self, error: Exception) -> bool:
         """Say to webdataset's reader: go on with the next shard."""
-        self.add(" ".join(str(part) for part in reversed(error.args)))
+        reason, where = str(error.args[0]), str(error.args[-1])  # it appends the URL
+        self.add(reason if where in reason else f"{where}: {reason}")
         return True
 
     def clear(self) -> tuple[str, ...]:
@@ -123,9 +124,14 @@ class _Trouble:
 class PlainTar:
     """A byte stream that must be an uncompressed tar: a small gz can unpack to any size."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, url: str) -> None:
         self.stream = stream
+        self.url = url
         self.is_checked = False
+
+    def __str__(self) -> str:
+        """The URL: webdataset puts it into its errors."""
+        return self.url
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes.
@@ -176,7 +182,7 @@ def _open_shards(urls: Iterable[dict], trouble: _Trouble) -> Iterator[dict[str, 
         except OSError as error:
             trouble.add(f"{url}: {error}")
             continue
-        yield {"url": url, "stream": PlainTar(stream)}
+        yield {"url": url, "stream": PlainTar(stream, url)}
         stream.close()
         if trouble.num_pictures == num_before:
             trouble.add(f"{url}: no picture could be read from it")
