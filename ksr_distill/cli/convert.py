@@ -137,6 +137,7 @@ def flash(
     missing = [option for option, path in parts.items() if path is None]
     if missing and len(missing) < len(parts):
         raise ValueError(f"{', '.join(missing)} missing: the refiner needs all of {list(parts)}")
+    _without_progress_bars()
     with new_folder(out, overwrite=overwrite) as folder:
         pipeline = KSRFlashPipeline(
             sr=read_sr_unet(sr, num_groups=num_groups),
@@ -173,6 +174,7 @@ def teacher(
     if scale is None:
         scale = scale_of_released_file(file.name)
         typer.echo(f"scale {scale}, by the name {file.name}; --scale says otherwise", err=True)
+    _without_progress_bars()
     with new_folder(out, overwrite=overwrite) as folder:
         pipeline = KSRTeacherPipeline(sr=read_sr_unet(file, num_groups=num_groups), scale=scale)
         save_pipeline(pipeline, folder, with_half=fp16)
@@ -205,3 +207,10 @@ def _write_model(read: "Callable[[], ModelMixin]", out: Path, fp16: bool, overwr
     with new_folder(out, overwrite=overwrite) as folder:
         save_model(read(), folder, with_half=fp16)
     typer.echo(out.resolve())
+
+
+def _without_progress_bars() -> None:
+    """Keep diffusers' bars for components that load in a moment out of the terminal."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
