@@ -17,8 +17,8 @@ SHARDS = FOLDER / "shards"
 TEACHER = FOLDER / "teacher"
 STUDENT = FOLDER / "student"
 BEST = Path("checkpoints/best.ckpt")
-PHOTO = HELD_OUT / "coffee.png"
-ENLARGED = {scale: FOLDER / f"coffee_x{scale}.png" for scale in (2, 4)}
+PHOTO = HELD_OUT / "chelsea.png"
+ENLARGED = {scale: FOLDER / f"chelsea_x{scale}.png" for scale in (2, 4)}
 REPORT = FOLDER / "report.html"
 METRICS = FOLDER / "metrics.json"
 # The README's picture; a place with fur and an eye.
