@@ -21,13 +21,11 @@ from ksr_distill.evaluation.feature_network import FeatureNetwork
 from ksr_distill.evaluation.lpips import LPIPS
 from ksr_distill.evaluation.measure import Values, measure, measure_without_original
 from ksr_distill.evaluation.metrics import as_saved
-from ksr_distill.evaluation.upscalers import Upscaled, Upscaler
+from ksr_distill.evaluation.upscalers import LOWRES, ORIGINAL, Upscaled, Upscaler
 from ksr_distill.randomness import Stream, generator_for
 
 SKIPPED_LPIPS = "skipped: give lpips_weights=FILE (torchvision's vgg16 or alexnet)"
 SKIPPED_FEATURES = "skipped: give feature_weights=FILE (torchvision's vgg16 or alexnet)"
-ORIGINAL, LOWRES = "original", "lowres"
-"""Names of the pictures beside the models' own."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from ksr_distill.evaluation.benchmark import Benchmark
 from ksr_distill.evaluation.catalogue import BY_KEY, Metric
@@ -120,37 +121,20 @@ def _speed_plot(summary: Intervals, metric: Metric) -> str:
 
 
 def _label_points(axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
-    """Write each name beside its point, where it covers neither a point nor another name."""
-    font_px, line_px = 4.6, 9.0  # about the width of a letter and the height of a line at 8 pt
+    """Write each name beside its point, where it covers the fewest points and names."""
     points = {name: axes.transData.transform(place) for name, place in places.items()}
-    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in points.values()]
+    taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in points.values()]
     for name, (x, y) in points.items():
-        width = font_px * len(name)
-        offsets = [
-            (left, bottom)
-            for distance in (0, 1, 2, 3)
-            for bottom in (3 + distance * line_px, -line_px - 3 - distance * line_px)
-            for left in (5, -5 - width)
+        width, height = 4.6 * len(name), 9.0  # about what 8 pt letters take
+        boxes = [
+            Bbox.from_bounds(left, bottom, width, height)
+            for distance in range(4)
+            for bottom in (y + 3 + distance * height, y - 3 - (distance + 1) * height)
+            for left in (x + 5, x - 5 - width)
         ]
-
-        def overlap(
-            offset: tuple[float, float], x: float = x, y: float = y, w: float = width
-        ) -> int:
-            left, bottom = x + offset[0], y + offset[1]
-            return sum(
-                left < right_2
-                and left + w > left_2
-                and bottom < top_2
-                and bottom + line_px > bottom_2
-                for left_2, bottom_2, right_2, top_2 in taken
-            )
-
-        left, bottom = min(offsets, key=overlap)
-        taken.append((x + left, y + bottom, x + left + width, y + bottom + line_px))
-        axes.annotate(
-            name, places[name], xytext=(left, bottom), textcoords="offset pixels", fontsize=8,
-            va="bottom",
-        )  # fmt: skip
+        free = min(boxes, key=lambda box: box.count_overlaps(taken))
+        taken.append(free)
+        axes.annotate(name, (free.x0, free.y0), xycoords="figure pixels", fontsize=8, va="bottom")
 
 
 def _steps_plot(

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from ksr_distill.evaluation.benchmark import LOWRES, ORIGINAL, Benchmark, Row, values_of
+from ksr_distill.evaluation.benchmark import Benchmark, Row, values_of
 from ksr_distill.evaluation.catalogue import BY_KEY, METRICS, Metric
 from ksr_distill.evaluation.figures import (
     quality_against_speed,
@@ -24,6 +24,7 @@ from ksr_distill.evaluation.report_pictures import (
 )
 from ksr_distill.evaluation.results import Intervals, paired_differences, summarise
 from ksr_distill.evaluation.uncertainty import Interval
+from ksr_distill.evaluation.upscalers import LOWRES, ORIGINAL
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import PIL.Image
 import torch
@@ -13,17 +13,19 @@ from torch import Tensor
 
 from ksr_distill.diffusion import sample_teacher, sample_teacher_ddim
 from ksr_distill.evaluation.benchmark_images import as_picture
+from ksr_distill.evaluation.model_folders import ModelFolder, Sampler, load_model_folder
 from ksr_distill.inference import KSRFlashPipeline
 from ksr_distill.models import KSRUNet
 from ksr_distill.types import Denoiser
 
-Sampler = Literal["student", "ddim", "dpm"]
 BASELINES: Mapping[str, PIL.Image.Resampling] = {
     "nearest": PIL.Image.Resampling.NEAREST,
     "bicubic": PIL.Image.Resampling.BICUBIC,
     "lanczos": PIL.Image.Resampling.LANCZOS,
 }
 MAX_KEPT_ESTIMATES = 8
+ORIGINAL, LOWRES = RESERVED_NAMES = ("original", "lowres")
+"""Names of the pictures beside the models' own."""
 
 
 class Estimate(NamedTuple):
@@ -47,6 +49,7 @@ class Upscaled(NamedTuple):
     estimates: Sequence[Estimate] = ()
 
 
+@runtime_checkable
 class Upscaler(Protocol):
     """What the benchmark compares."""
 
@@ -70,30 +73,33 @@ class ModelSpec:
 
     Attributes:
         path: A model folder (model_index.json) or a bare U-Net's (config.json).
-        sampler: `student` runs the shipped pipeline; `ddim` and `dpm` sample as a teacher.
-        num_inference_steps: None takes a student's own timesteps; a teacher needs a number.
+        sampler: `student` runs the shipped pipeline; `ddim` and `dpm` sample as a teacher. None
+            takes what the folder was made for.
+        num_inference_steps: None takes the folder's own.
         refine_steps: The refiner's, after a student.
     """
 
     name: str
     path: Path
-    sampler: Sampler = "student"
+    sampler: str | None = None
     num_inference_steps: int | None = None
     refine_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.sampler not in get_args(Sampler):
+        if "/" in self.name or self.name in (*BASELINES, *RESERVED_NAMES):
+            raise ValueError(
+                f"models.name={self.name!r} cannot name a model: pictures are saved under it; "
+                "use another, without a slash"
+            )
+        if self.sampler not in (None, *get_args(Sampler)):
             raise ValueError(
                 f"models.{self.name}.sampler={self.sampler!r} is unknown; "
                 f"use one of {', '.join(get_args(Sampler))}"
             )
-        if self.sampler != "student" and not self.num_inference_steps:
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(
-                f"models.{self.name}.num_inference_steps is not set; {self.sampler} needs a number"
-            )
-        if self.sampler != "student" and self.refine_steps:
-            raise ValueError(
-                f"models.{self.name}.refine_steps={self.refine_steps} needs sampler=student"
+                f"models.{self.name}.num_inference_steps={self.num_inference_steps} is below 1; "
+                "leave it out for the folder's own"
             )
 
 
@@ -145,7 +151,7 @@ class StudentUpscaler:
 
         (hires,) = self.pipeline(
             (lowres + 1) / 2,
-            scale=self.scale,
+            scale=float(self.scale),
             num_inference_steps=self.steps,
             refine_steps=self.refine_steps,
             generator=generator,
@@ -233,58 +239,54 @@ def build_baseline(name: str, *, scale: int) -> Upscaler:
 
 
 def build_upscalers(
-    specs: Sequence[ModelSpec], *, scale: int, device: torch.device, dtype: torch.dtype
+    specs: Sequence[ModelSpec], *, scale: int, device: torch.device, half: bool
 ) -> dict[str, Upscaler]:
     """Return the models by name; a folder that several of them share is loaded once.
+
+    Args:
+        half: On a GPU, run students in half precision, as `ksr upscale` does.
 
     Raises:
         ValueError: If a folder is no model's, or made for another scale.
     """
-    pipelines: dict[Path, KSRFlashPipeline] = {}
+    folders: dict[Path, ModelFolder] = {}
     upscalers: dict[str, Upscaler] = {}
     for spec in specs:
         if spec.name in upscalers:
             raise ValueError(f"models has two entries called {spec.name}; give one another name")
         path = spec.path.resolve()
-        if path not in pipelines:
-            pipelines[path] = load_pipeline(spec.path, scale=scale, dtype=dtype).to(device)
-        pipeline = pipelines[path]
-        if spec.sampler == "student":
-            upscalers[spec.name] = StudentUpscaler(
-                pipeline, scale, spec.num_inference_steps, spec.refine_steps
-            )
-        else:
-            steps = spec.num_inference_steps or 1
-            upscalers[spec.name] = TeacherUpscaler(pipeline.sr, scale, spec.sampler, steps)
+        if path not in folders:
+            folders[path] = load_model_folder(spec.path, scale=scale, device=device, half=half)
+        upscalers[spec.name] = build_upscaler(spec, folders[path], scale=scale)
     return upscalers
 
 
-def load_pipeline(path: Path, *, scale: int, dtype: torch.dtype) -> KSRFlashPipeline:
-    """Return the pipeline of a model folder, or one around a bare U-Net's folder.
+def build_upscaler(spec: ModelSpec, folder: ModelFolder, *, scale: int) -> Upscaler:
+    """Return a loaded folder sampled as the entry says.
 
     Raises:
-        ValueError: If the folder is no model's, or made for another scale.
+        ValueError: If the folder cannot be sampled so.
     """
-    # float32 is what loads by itself, and naming it makes recent diffusers warn.
-    options = {} if dtype == torch.float32 else {"torch_dtype": dtype}
-    if (path / "model_index.json").is_file():
-        pipeline = KSRFlashPipeline.from_pretrained(path, local_files_only=True, **options)
-    elif (path / "config.json").is_file():
-        unet = KSRUNet.from_pretrained(path, local_files_only=True, **options)
-        pipeline = KSRFlashPipeline(sr=unet, scale=scale)
-    else:
+    sampler = spec.sampler or folder.sampler
+    if sampler is None:
         raise ValueError(
-            f"model={path} is no model folder (it has neither model_index.json nor config.json); "
-            "give what `ksr export` made, or a checkpoint file"
+            f"models.{spec.name}.sampler is not set, and {spec.path} is a bare U-Net that does not "
+            f"say; use one of {', '.join(get_args(Sampler))}"
         )
-    if pipeline.config.scale != scale:
+    if sampler == "student":
+        return StudentUpscaler(
+            folder.pipeline, scale, spec.num_inference_steps, refine_steps=spec.refine_steps
+        )
+    if spec.refine_steps:
         raise ValueError(
-            f"model={path} enlarges by {pipeline.config.scale}, the benchmark is ×{scale}; "
-            "give a benchmark of the model's scale"
+            f"models.{spec.name}.refine_steps={spec.refine_steps} needs sampler=student"
         )
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.sr.eval()
-    return pipeline
+    steps = spec.num_inference_steps or folder.num_inference_steps
+    if steps is None:
+        raise ValueError(
+            f"models.{spec.name}.num_inference_steps is not set; {sampler} needs a number"
+        )
+    return TeacherUpscaler(folder.pipeline.sr, scale, sampler, steps)
 
 
 def _pad(lowres: Float[Tensor, "1 3 h w"], *, multiple: int) -> Float[Tensor, "1 3 h2 w2"]:

@@ -1,0 +1,89 @@
+"""A model folder of any kind, loaded for sampling."""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from ksr_distill.inference import KSRFlashPipeline
+from ksr_distill.inference.loading import load_pipeline
+from ksr_distill.models import KSRUNet
+
+Sampler = Literal["student", "ddim", "dpm"]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a folder holds.
+
+    Attributes:
+        pipeline: The student's; of a teacher a wrapping, of which only `sr` is used.
+        sampler: What it was made for; None where the folder does not say.
+        num_inference_steps: A teacher's own; None where the folder does not say.
+    """
+
+    pipeline: KSRFlashPipeline
+    sampler: Sampler | None
+    num_inference_steps: int | None
+
+
+def load_model_folder(path: Path, *, scale: int, device: torch.device, half: bool) -> ModelFolder:
+    """Return a student's or a teacher's folder, or a bare U-Net's.
+
+    Raises:
+        ValueError: If the folder is no model's, or made for another scale.
+    """
+    index = read_index(path)
+    own_scale = index.get("scale", scale)
+    if own_scale != scale:
+        raise ValueError(
+            f"model={path} enlarges by {own_scale}, the benchmark is ×{scale}; "
+            "give a benchmark of the model's scale"
+        )
+    if index.get("_class_name") == KSRFlashPipeline.__name__:
+        pipeline = load_pipeline(path, device=device, fp32=not half)
+        pipeline.sr.eval()
+        return ModelFolder(pipeline, "student", None)
+    unet = _load_unet(path / "sr" if index else path).to(device).eval()
+    pipeline = KSRFlashPipeline(sr=unet, scale=scale)
+    steps = index.get("num_inference_steps")
+    return ModelFolder(pipeline, "dpm" if index else None, steps)
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """Return a folder's model_index.json; nothing for a bare U-Net's folder.
+
+    Raises:
+        ValueError: If it is no model's folder.
+    """
+    index = path / "model_index.json"
+    if index.is_file():
+        try:
+            return json.loads(index.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{index} is damaged: {error}") from error
+    if not (path / "config.json").is_file():
+        state = "has neither model_index.json nor config.json" if path.exists() else "is not there"
+        raise ValueError(
+            f"model={path} {state}; give what `ksr export` made, or a checkpoint of train.py"
+        )
+    return {}
+
+
+def _load_unet(folder: Path) -> KSRUNet:
+    """Return the U-Net in float32, from its half-precision files where there are no others."""
+    files = [path.name for path in folder.glob("*.safetensors")]
+    variant = "fp16" if files and all(".fp16." in name for name in files) else None
+    try:
+        with warnings.catch_warnings():
+            # diffusers renames this argument; both names have to work over our range of versions.
+            warnings.simplefilter("ignore", FutureWarning)
+            return KSRUNet.from_pretrained(
+                folder, torch_dtype=torch.float32, variant=variant, local_files_only=True
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
