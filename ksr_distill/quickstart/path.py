@@ -23,7 +23,7 @@ REPORT = FOLDER / "report.html"
 METRICS = FOLDER / "metrics.json"
 # The README's picture; a place with fur and an eye.
 COMPARISON = FOLDER / "comparison.png"
-COMPARED_PHOTO, COMPARED_PLACE = "chelsea", (120, 70)
+COMPARED_PHOTO, COMPARED_PLACE = "chelsea", (135, 55)
 CURVES = FOLDER / "curves.csv"
 
 Command = tuple[str, ...]
