@@ -12,6 +12,8 @@ os.environ.setdefault("WDS_SECURE", "1")  # before webdataset: no pipe: URLs, no
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
@@ -24,16 +26,19 @@ from ksr_distill.config import (
     root_cause,
 )
 from ksr_distill.training.checkpoint_folder import last_good_checkpoint, update_of_file
+from ksr_distill.training.launching import process_plugins, refuse_launcher_in_sweep
 from ksr_distill.training.strategy import PerNetworkDDP
 
 CONF = Path(__file__).resolve().parent / "conf"
 
 
-def train(config: dict[str, Any]) -> None:
+def train(config: dict[str, Any], *, is_sweep: bool) -> None:
     """Check, build, and fit from the last good checkpoint on."""
     check_train_config(config)
+    world_size = num_processes(config["trainer"])
+    refuse_launcher_in_sweep(num_processes=world_size, is_sweep=is_sweep, environment=os.environ)
     datamodule = instantiate(config["data"], _convert_="all")
-    datamodule.check(world_size=num_processes(config["trainer"]))
+    datamodule.check(world_size=world_size)
 
     torch.set_float32_matmul_precision("high")  # the critic's heads are float32
     checkpoint = last_good_checkpoint(Path(config["callbacks"]["checkpoint"]["folder"]))
@@ -52,16 +57,20 @@ def make_trainer(config: dict[str, Any]) -> Trainer:
         [instantiate(node, _convert_="all") for node in config[group].values() if node]
         for group in ("callbacks", "logger")
     )
-    return instantiate(settings, callbacks=callbacks, logger=loggers, _convert_="all")
+    return instantiate(
+        settings, callbacks=callbacks, logger=loggers, plugins=process_plugins(), _convert_="all"
+    )
 
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Compose the config; show a user's mistake in one line."""
+    is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        train(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        train(OmegaConf.to_container(cfg, resolve=True), is_sweep=is_sweep)  # type: ignore[arg-type]
     except Exception as error:
-        if not isinstance(root_cause(error), ValueError | OSError):
+        # In a sweep Hydra notes a failed run and goes on to the next; leaving would end them all.
+        if is_sweep or not isinstance(root_cause(error), ValueError | OSError):
             raise
         sys.exit(f"error: {one_line(root_cause(error))}")
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ALLOWED_TARGETS = ("ksr_distill.", "lightning.pytorch.")
 """Nothing else is instantiated from a config: a `_target_` such as torch.load runs code."""
 
@@ -108,7 +110,10 @@ def num_processes(trainer: Mapping[str, Any]) -> int:
     devices = trainer["devices"]
     if isinstance(devices, Sequence) and not isinstance(devices, str):
         devices = len(devices)
-    return (devices if isinstance(devices, int) and devices > 0 else 1) * trainer["num_nodes"]
+    if not isinstance(devices, int) or devices < 0:  # "auto", -1: all there are, as Lightning says
+        is_cpu = trainer["accelerator"] == "cpu"
+        devices = 1 if is_cpu else max(torch.cuda.device_count(), 1)
+    return devices * trainer["num_nodes"]
 
 
 def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) -> None:

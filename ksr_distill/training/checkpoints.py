@@ -100,6 +100,7 @@ class RunCheckpoint(Checkpoint):
         self._last_saved_update = 0
         self._lock: IO[str] | None = None
         self._is_untidy = False
+        self.seconds_saving = 0.0
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -208,6 +209,7 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer, metrics={})
 
     def _save(self, trainer: pl.Trainer, *, metrics: dict[str, float]) -> None:
+        began = time.monotonic()
         update = completed_updates(trainer)
         facts = {"update": update, "num_processes": trainer.world_size, "metrics": metrics}
         trainer.save_checkpoint(
@@ -217,6 +219,7 @@ class RunCheckpoint(Checkpoint):
         self._is_untidy = True
         if not self.io.is_writing:
             self._tidy(trainer)
+        self.seconds_saving += time.monotonic() - began
 
     def save_and_wait(self, trainer: pl.Trainer) -> Path:
         """Save this update and return its file once it is on the disk. Every rank has to call it.

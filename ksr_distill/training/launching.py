@@ -1,0 +1,54 @@
+"""Who starts the processes: torchrun, srun, submitit, or Lightning itself; and when it must not."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+
+
+def process_plugins() -> list[Any]:
+    """Return the Trainer's plugins for where we run: under srun, without Lightning's own requeue.
+
+    That one saves inside the signal handler; see ``training/preemption.py``.
+    """
+    if TorchElasticEnvironment.detect() or not _is_under_slurm(os.environ):
+        return []
+    return [SLURMEnvironment(auto_requeue=False)]
+
+
+def refuse_launcher_in_sweep(
+    *, num_processes: int, is_sweep: bool, environment: Mapping[str, str]
+) -> None:
+    """Check that a run of a sweep does not start processes that would start the sweep again.
+
+    Lightning's launcher starts the same command once more for each further process, and torchrun
+    runs the whole command on every rank: with ``-m`` in it, each would begin the whole sweep.
+
+    Args:
+        num_processes: Of this run, over all nodes.
+        is_sweep: Whether Hydra runs in MULTIRUN mode.
+        environment: Of this process.
+
+    Raises:
+        ValueError: With what to use instead.
+    """
+    if not is_sweep or _is_under_slurm(environment):
+        return
+    if "TORCHELASTIC_RUN_ID" in environment:
+        raise ValueError(
+            "torchrun with a sweep (-m, +sweep): every rank would begin the whole sweep; use "
+            "+launcher=slurm, slurm/sweep.sbatch, or one torchrun for each run"
+        )
+    if num_processes > 1:
+        raise ValueError(
+            f"trainer.devices and num_nodes ask for {num_processes} processes in a sweep: each "
+            "would begin the whole sweep; use +launcher=slurm, slurm/sweep.sbatch, "
+            "trainer.devices=1, or one torchrun for each run"
+        )
+
+
+def _is_under_slurm(environment: Mapping[str, str]) -> bool:
+    """Return what Lightning would say, or it would choose its own environment with its requeue."""
+    is_shell = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return "SLURM_NTASKS" in environment and not is_shell

@@ -1,0 +1,298 @@
+"""How fast a run is, per rank, and what it was: its folder can answer both years later."""
+
+import json
+import os
+import platform
+import re
+import resource
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import yaml
+from lightning.pytorch.callbacks import Callback
+from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import override
+
+from ksr_distill.training.checkpoints import RunCheckpoint, callbacks_of, completed_updates
+
+SECRET = re.compile(r"(^|[._-])(api_?key|key|token|secret|password|passwd|credentials?)$", re.I)
+USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+HIDDEN = "***"
+PACKAGES = (
+    "ksr-distill",
+    "torch",
+    "lightning",
+    "diffusers",
+    "numpy",
+    "pillow",
+    "webdataset",
+    "wandb",
+)
+MAX_GATHERED_RANKS = 16
+"""Beyond it, each rank's own curves would bury the others: lowest, mean and highest remain."""
+
+
+def scrub(value: Any, name: str = "") -> Any:
+    """Return the same tree without secrets: by the names of leaves, and users in URLs."""
+    if isinstance(value, dict):
+        return {k: scrub(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrub(v, name) for v in value]
+    if value is not None and SECRET.search(name):
+        return HIDDEN
+    return USER_IN_URL.sub(f"{HIDDEN}@", value) if isinstance(value, str) else value
+
+
+def scrub_command(arguments: list[str]) -> list[str]:
+    """Return a command line without the values of arguments that are named like secrets."""
+    scrubbed = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        scrubbed.append(name + equals + str(scrub(value, name)) if equals else scrub(argument))
+    return scrubbed
+
+
+def git_commit(folder: Path) -> str | None:
+    """Return the commit of the code, marked when files differ from it; None outside git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return told.stdout.strip() or None
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return what this host is: processor, memory, devices."""
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "num_cpus": os.cpu_count(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "gpus": [f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB" for gpu in gpus],
+        "cuda": torch.version.cuda,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class RunRecord(Callback):
+    """Writes ``config.yaml``, and a line in ``starts.jsonl`` each time the run is started."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Make the callback.
+
+        Args:
+            folder: The run's folder.
+        """
+        self.folder = Path(folder)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write, on the first rank, and give the config to the loggers."""
+        if not trainer.is_global_zero:
+            return
+        config = scrub(cast(Any, pl_module).record.get("config", {}))
+        start = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "from_update": completed_updates(trainer),
+            "command": scrub_command(sys.argv),
+            "commit": git_commit(Path(__file__).parent),
+            "num_processes": trainer.world_size,
+            "num_nodes": trainer.num_nodes,
+            "slurm_job": os.environ.get("SLURM_JOB_ID"),
+            "machine": describe_machine(),
+            "versions": package_versions(),
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        with (self.folder / "starts.jsonl").open("a") as file:
+            file.write(json.dumps(start) + "\n")
+        for logger in trainer.loggers:
+            logger.log_hyperparams(config)
+
+
+class Throughput(Callback):
+    """Logs, every N updates, how fast each rank is and what it waits for.
+
+    ``speed/updates_per_s``, ``speed/images_per_s`` (all ranks), ``speed/tflops`` (a rank),
+    ``speed/checkpoint_share``, and for each rank ``rank/R/loader_wait_share`` and
+    ``rank/R/memory_gb``. The device is waited for at these updates only.
+    """
+
+    def __init__(self, *, every_updates: int, count_flops: bool) -> None:
+        """Make the callback.
+
+        Args:
+            every_updates: Updates between two rows.
+            count_flops: Count the arithmetic of one update, once in a run, after every network has
+                moved. That update is not compiled; it is left out where its memory would not fit.
+        """
+        self.every_updates = every_updates
+        self.count_flops = count_flops
+        self.flops_per_update: int | None = None
+        self._counting: ExitStack | None = None
+        self._counter: FlopCounterMode | None = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the count: a resumed run does not count again."""
+        return {"flops_per_update": self.flops_per_update}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the count back."""
+        self.flops_per_update = state_dict["flops_per_update"]
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the first window."""
+        self._begin_window(trainer)
+        self._ready_at = time.monotonic()
+
+    def _begin_window(self, trainer: pl.Trainer) -> None:
+        self._window_began = time.monotonic()
+        self._window_update = completed_updates(trainer)
+        self._images = 0
+        self._waited_s = self._validated_s = 0.0
+        self._saved_before_s = self._saving_s(trainer)
+
+    def _saving_s(self, trainer: pl.Trainer) -> float:
+        return sum(callback.seconds_saving for callback in callbacks_of(trainer, RunCheckpoint))
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the loader's clock; begin to count the arithmetic if this is the update for it."""
+        self._waited_s += time.monotonic() - self._ready_at
+        self._images += len(batch[0]) if isinstance(batch, tuple) else 1
+        if self.count_flops and self.flops_per_update is None and _is_typical(pl_module):
+            self._begin_counting(pl_module)
+
+    def _begin_counting(self, pl_module: pl.LightningModule) -> None:
+        is_compiled = bool(getattr(pl_module, "compile_networks", False))
+        if is_compiled and not _eager_update_fits(pl_module.device):
+            self.count_flops = False
+            return
+        self._counter = FlopCounterMode(display=False)
+        self._counting = ExitStack()
+        if is_compiled:  # kernels of compiled code are invisible to the counter
+            self._counting.enter_context(torch.compiler.set_stance("force_eager"))
+        self._counting.enter_context(self._counter)
+
+    def _end_counting(self) -> None:
+        if self._counting is not None and self._counter is not None:
+            self._counting.close()
+            self.flops_per_update = self._counter.get_total_flops()
+            self._counting = None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+    ) -> None:
+        """Log a row when it is time to, and start the loader's clock."""
+        self._end_counting()
+        if completed_updates(trainer) % self.every_updates == 0:
+            self._report(trainer, pl_module.device)
+            self._begin_window(trainer)
+        self._ready_at = time.monotonic()
+
+    def _report(self, trainer: pl.Trainer, device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        saved_s = self._saved_before_s
+        seconds = time.monotonic() - self._window_began - self._validated_s
+        updates = completed_updates(trainer) - self._window_update
+        wait_share = max(0.0, self._waited_s - (self._saving_s(trainer) - saved_s)) / seconds
+        row = {
+            "speed/updates_per_s": updates / seconds,
+            "speed/images_per_s": self._images * trainer.world_size / seconds,
+            "speed/checkpoint_share": (self._saving_s(trainer) - saved_s) / seconds,
+        }
+        if self.flops_per_update is not None:
+            row["speed/tflops"] = self.flops_per_update * updates / seconds / 1e12
+        ranks = _gather([wait_share, _memory_gb(device)], device)
+        row |= _rank_figures("loader_wait_share", [rank[0] for rank in ranks])
+        row |= _rank_figures("memory_gb", [rank[1] for rank in ranks])
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(row, step=completed_updates(trainer))
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the window's clock."""
+        self._validation_began = time.monotonic()
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clocks again. A sanity validation comes before there are any."""
+        if not trainer.sanity_checking:
+            self._validated_s += time.monotonic() - self._validation_began
+            self._ready_at = time.monotonic()
+
+    @override
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the counter's mode, whatever happened inside."""
+        self._end_counting()
+
+
+def _is_typical(pl_module: pl.LightningModule) -> bool:
+    moved: dict[str, int] = getattr(pl_module, "network_updates", {})
+    return all(moved.values())
+
+
+def _eager_update_fits(device: torch.device) -> bool:
+    """Return whether an update may need twice the memory of a compiled one (measured: 1.5×)."""
+    if device.type != "cuda":
+        return True
+    total = torch.cuda.get_device_properties(device).total_memory
+    return 2 * torch.cuda.max_memory_allocated(device) < total
+
+
+def _memory_gb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _gather(values: list[float], device: torch.device) -> list[list[float]]:
+    if not dist.is_initialized():
+        return [values]
+    mine = torch.tensor(values, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).tolist()
+
+
+def _rank_figures(name: str, values: list[float]) -> dict[str, float]:
+    if len(values) <= MAX_GATHERED_RANKS:
+        return {f"rank/{rank}/{name}": value for rank, value in enumerate(values)}
+    mean = sum(values) / len(values)
+    return {
+        f"rank/min/{name}": min(values),
+        f"rank/mean/{name}": mean,
+        f"rank/max/{name}": max(values),
+    }
