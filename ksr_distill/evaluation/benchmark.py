@@ -205,7 +205,7 @@ def _keep_crops(
 def _of_set(
     model: str, crops: Mapping[str, Sequence[Tensor]], settings: BenchmarkSettings
 ) -> dict[str, float | str]:
-    skipped = {} if settings.lpips else {"lpips": SKIPPED_LPIPS}
+    skipped: dict[str, float | str] = {} if settings.lpips else {"lpips": SKIPPED_LPIPS}
     if settings.feature_network is None:
         return skipped | {"kid": SKIPPED_FEATURES, "fid": SKIPPED_FEATURES}
     if ORIGINAL not in crops:

@@ -48,10 +48,10 @@ def find_images(originals: Path | None, lowres: Path | None = None) -> list[Benc
     Raises:
         ValueError: If a folder is missing or empty, or a file has no partner.
     """
-    if originals is None and lowres is None:
-        raise ValueError("benchmark is not set; give a folder of photos or of *_HR/*_LR pairs")
     if lowres is not None:
         return _from_two_folders(originals, lowres)
+    if originals is None:
+        raise ValueError("benchmark is not set; give a folder of photos or of *_HR/*_LR pairs")
     files = _files_by_stem(originals, "benchmark")
     paired = [stem for stem in files if stem.endswith((HIRES_ENDING, LOWRES_ENDING))]
     if not paired:

@@ -95,10 +95,10 @@ def feature_distances(
     does. So the numbers compare models within one report, not with published ones.
 
     Args:
-        network: From images in [-1, 1] to one vector each; has `num_features`.
+        network: From images in [-1, 1] to one vector each; its `num_features` is their length.
         seed: Of the random subsets whose mean KID is.
     """
-    num_crops, num_features = ours.shape[0], int(network.num_features)
+    num_crops, num_features = ours.shape[0], network(ours[:1]).shape[1]
     if num_crops < 16:
         too_few = f"skipped: {num_crops} crops are too few; give more or larger images"
         return FeatureDistances(kid=too_few, fid=too_few)

@@ -37,9 +37,12 @@ class FeatureNetwork(nn.Module):
         backbone: `vgg` (five levels of 64 to 512 channels) or `alex` (five of 64 to 384).
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Backbone = backbone
         self.features, self.taps = _vgg16() if backbone == "vgg" else _alexnet()
         self.num_features = 512 if backbone == "vgg" else 256
         self.register_buffer("shift", torch.tensor(INPUT_SHIFT).view(1, 3, 1, 1), persistent=False)
@@ -50,7 +53,7 @@ class FeatureNetwork(nn.Module):
         """Return the features after the last ReLU of each of the five levels."""
         x = (images - self.shift) / self.scale
         levels = []
-        for index, layer in enumerate(self.features):
+        for index, layer in enumerate(self.features[: self.taps[-1] + 1]):
             x = layer(x)
             if index in self.taps:
                 levels.append(x)

@@ -5,6 +5,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -17,7 +18,7 @@ from ksr_distill.evaluation.results import Intervals
 
 INK, ACCENTS = "#1c2430", ("#0b6e99", "#c2541b", "#5b7f2b", "#7a4a9e", "#8a6d1d")
 MARKERS = "osD^v"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: small, sharp and searchable
     "svg.hashsalt": "ksr",  # the same numbers give the same file
     "font.family": "sans-serif",

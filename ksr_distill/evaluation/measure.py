@@ -68,7 +68,7 @@ def measure_without_original(
     return {"lowres_consistency_psnr": metrics.psnr(degraded, lowres, peak=2.0).item()}
 
 
-def _swd(image: Tensor, hires: Tensor, seed: int) -> Values:
+def _swd(image: Tensor, hires: Tensor, seed: int) -> dict[str, float | None]:
     if min(hires.shape[-2:]) < MIN_SIDE_PX:
         return {"swd": None}
     generator = generator_for(seed, Stream.EVALUATION)
@@ -77,7 +77,7 @@ def _swd(image: Tensor, hires: Tensor, seed: int) -> Values:
     return {"swd": sum(levels) / len(levels), **by_level}
 
 
-def _checkerboard(image: Tensor, hires: Tensor) -> Values:
+def _checkerboard(image: Tensor, hires: Tensor) -> dict[str, float | None]:
     if min(hires.shape[-2:]) < metrics.CHECKERBOARD_TILE_PX:
         return {"checkerboard_peak": None}
     peaks = metrics.checkerboard_peaks(image, hires)[0].tolist()
@@ -86,7 +86,7 @@ def _checkerboard(image: Tensor, hires: Tensor) -> Values:
     return {"checkerboard_peak": max(peaks), **by_period}
 
 
-def _colour(image: Tensor, hires: Tensor) -> Values:
+def _colour(image: Tensor, hires: Tensor) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     drifts = {"mean": metrics.channel_mean_drift, "std": metrics.channel_std_drift}
     for name, drift in drifts.items():

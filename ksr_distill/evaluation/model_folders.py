@@ -48,8 +48,8 @@ def load_model_folder(path: Path, *, scale: int, device: torch.device, half: boo
         pipeline = load_pipeline(path, device=device, fp32=not half)
         pipeline.sr.eval()
         return ModelFolder(pipeline, "student", None)
-    unet = _load_unet(path / "sr" if index else path).to(device).eval()
-    pipeline = KSRFlashPipeline(sr=unet, scale=scale)
+    unet = _load_unet(path / "sr" if index else path).eval()
+    pipeline = KSRFlashPipeline(sr=unet, scale=scale).to(device)
     steps = index.get("num_inference_steps")
     return ModelFolder(pipeline, "dpm" if index else None, steps)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import NamedTuple, Protocol, get_args, runtime_checkable
 
 import PIL.Image
 import torch
@@ -149,7 +149,7 @@ class StudentUpscaler:
         def observe(_: object, step: int, __: int, values: Mapping[str, Tensor]) -> None:
             recorder(step, values["pred_x_0"])
 
-        (hires,) = self.pipeline(
+        result = self.pipeline(
             (lowres + 1) / 2,
             scale=float(self.scale),
             num_inference_steps=self.steps,
@@ -157,8 +157,9 @@ class StudentUpscaler:
             generator=generator,
             output_type="pt",
             callback_on_step_end=observe,
-        ).images
-        return recorder.upscaled(hires[None].to(lowres.device) * 2 - 1)
+        )
+        hires = torch.as_tensor(result.images).to(lowres.device)
+        return recorder.upscaled(hires * 2 - 1)
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class TeacherUpscaler:
 
     unet: KSRUNet
     scale: int
-    sampler: Literal["ddim", "dpm"]
+    sampler: str
     num_inference_steps: int
 
     @torch.no_grad()
