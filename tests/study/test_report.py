@@ -182,7 +182,7 @@ def test_fair_raters_are_rarely_accused():
     rng = np.random.default_rng(1)
     accused = 0
     for _ in range(100):
-        votes = [vote for name in "abcde" for vote in many_votes(name, 60, 0.5, rng)]
+        votes = [vote for name in "abcdefghijkl" for vote in many_votes(name, 60, 0.5, rng)]
         accused += any(check.flags for check in check_raters(votes))
     assert accused <= 12  # 5 % of such studies, by Holm
 
@@ -197,6 +197,7 @@ def test_habits_and_failed_checks_are_flagged(tmp_path):
     assert flags == {"same": ["answers both nearly always"], "blind": ["fails attention checks"]}
     findings = write_report(study, tmp_path / "report")
     assert findings.overall.num_votes == 60  # checks are no part of any share
+    assert findings.side_total == 30
     assert findings.without_flagged is None  # nobody else is left
 
 

@@ -193,6 +193,22 @@ def test_undo_brings_back_one_pair_after_another_on_the_same_sides(open_store):
     assert store.last_vote(ann) is None
 
 
+def test_undo_shows_its_pair_even_before_one_that_was_left_open(open_store, clock):
+    store = open_store(2, votes_per_pair=1, lease_seconds=60)
+    ann, bob = store.add_rater("ann"), store.add_rater("bob")
+    left_open, vote_id = next_pair(store, ann), new_id()
+    clock.now += 61
+    while next_pair(store, bob) != left_open:  # bob may draw the other one first
+        bob = store.add_rater(new_id())
+        clock.now += 61
+    judged = next_pair(store, ann)
+    assert judged != left_open
+    store.vote(ann, vote_id, judged, "left", 900)
+    clock.now += 61  # bob has gone: the first pair is open again
+    store.undo(ann, vote_id)
+    assert next_pair(store, ann) == judged
+
+
 def refuse(status: int):
     return pytest.raises(RefusedError, check=lambda error: error.status == status)
 
