@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, VQModel
+from safetensors import safe_open
 from torch import Tensor
 
 from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
@@ -128,7 +130,8 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, *, with_half: bool 
         pipeline.save_pretrained(folder, variant=variant)
         for name, model in models.items():
             _check_reads_back(model, folder / name, variant=variant)
-    type(pipeline).from_pretrained(folder, local_files_only=True)
+    # The index and the constructor agree; the weights were compared above.
+    type(pipeline).from_pretrained(folder, local_files_only=True, **models)
 
 
 def load_model(folder: Path, component: str | None = None) -> ModelMixin:
@@ -150,19 +153,39 @@ def load_model(folder: Path, component: str | None = None) -> ModelMixin:
         raise ValueError(
             f"{config_file} names the class {class_name}; known are {', '.join(MODEL_CLASSES)}"
         )
-    return MODEL_CLASSES[class_name].from_pretrained(folder, local_files_only=True)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no safetensors file")
+    variant = HALF_VARIANT if all(f".{HALF_VARIANT}" in file.name for file in files) else None
+    stored = [file for file in files if variant or f".{HALF_VARIANT}" not in file.name]
+    return _load(MODEL_CLASSES[class_name], folder, dtype=_dtype_in(stored[0]), variant=variant)
+
+
+def _dtype_in(file: Path) -> torch.dtype:
+    with safe_open(file, "pt") as tensors:
+        name = next(iter(tensors.keys()))
+        return tensors.get_tensor(name).dtype
+
+
+def _load(
+    model_class: type[ModelMixin], folder: Path, *, dtype: torch.dtype, variant: str | None
+) -> ModelMixin:
+    """Return the model in a given dtype: float32 would double the memory of a half one."""
+    with warnings.catch_warnings():
+        # diffusers renames this argument; both names have to work over our range of versions.
+        warnings.simplefilter("ignore", FutureWarning)
+        return model_class.from_pretrained(
+            folder, torch_dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
+        )
 
 
 def halve(model: ModelMixin) -> None:
-    """Bring a model to half precision in place, but for what its class keeps in float32.
+    """Bring a model to half precision in place.
 
     Raises:
         ValueError: If a weight is larger than half precision can hold (65504).
     """
-    kept = tuple(model._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
-        if any(module in name.split(".") for module in kept):
-            continue
         half = parameter.data.half()
         if not bool(torch.isfinite(half).all()):
             raise ValueError(f"{name} has values beyond 65504, which fp16 cannot hold")
@@ -170,7 +193,7 @@ def halve(model: ModelMixin) -> None:
 
 
 def _check_reads_back(model: ModelMixin, folder: Path, *, variant: str | None) -> None:
-    loaded = type(model).from_pretrained(folder, variant=variant, local_files_only=True)
+    loaded = _load(type(model), folder, dtype=model.dtype, variant=variant)
     check_same_weights(model.state_dict(), loaded.state_dict(), folder)
 
 

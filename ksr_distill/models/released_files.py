@@ -5,6 +5,7 @@ import pickle
 import pickletools
 import re
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -115,7 +116,9 @@ def read_content(path: Path) -> Any:
     elif not head.startswith(b"\x80"):
         raise ValueError(f"{path} is {_look(head)}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the pickle's protocol: we say more
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except _LOAD_FAILURES as error:
         _refuse_pickle(path, error, is_zip)
 

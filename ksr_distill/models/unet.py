@@ -42,7 +42,6 @@ class KSRUNet(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _keep_in_fp32_modules = ("time_embedding",)
     _no_split_modules = ("ResNetBlock",)
 
     @register_to_config

@@ -185,6 +185,16 @@ def test_there_and_back_gives_the_released_file(files, tmp_path, kind, file, nam
     assert all(torch.equal(back[key], value) for key, value in released(name).items())
 
 
+def test_half_precision_stays_half_there_and_back(tmp_path):
+    halves = {name: value.half() for name, value in released("sr_unet").items()}
+    torch.save({"unet": halves}, tmp_path / "half.pt")
+    folder = converted("sr-unet", tmp_path / "half.pt", tmp_path / "folder")
+    path = converted("original", folder, tmp_path / "back.pt")
+    back = torch.load(path, weights_only=True)["unet"]
+    assert all(torch.equal(back[name], value) for name, value in halves.items())
+    assert {value.dtype for value in back.values()} == {torch.float16}
+
+
 def test_components_of_a_pipeline_go_back_too(flash_folder, tmp_path):
     path = converted("original", flash_folder, tmp_path / "m.pt", "--component", "movq")
     assert torch.load(path, weights_only=True).keys() == released("movq").keys()
