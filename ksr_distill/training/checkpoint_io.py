@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp"
 MANIFEST = ".json"
+PLAIN = (str, int, float, bool, complex, bytes, type(None), torch.Size, torch.dtype, torch.device)
 
 
 class _HashingWriter:
@@ -184,6 +185,23 @@ def copy_to_host(tree: Any, buffers: dict[str, Tensor], key: str = "") -> Any:
     return tree
 
 
+def refuse_what_will_not_load(tree: Any, key: str = "checkpoint") -> None:
+    """Check, before it is written, that a checkpoint holds tensors and plain values only.
+
+    Raises:
+        TypeError: Names the place; such a file would be refused when the run is continued.
+    """
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            refuse_what_will_not_load(name, f"{key}/{name}")
+            refuse_what_will_not_load(value, f"{key}/{name}")
+    elif type(tree) in (list, tuple):
+        for i, value in enumerate(tree):
+            refuse_what_will_not_load(value, f"{key}/{i}")
+    elif not isinstance(tree, Tensor) and type(tree) not in PLAIN:
+        raise TypeError(f"{key} is a {type(tree).__name__}: store tensors and plain values only")
+
+
 def _num_bytes(tree: Any) -> int:
     if isinstance(tree, Tensor):
         return tree.nbytes
@@ -219,6 +237,7 @@ class AtomicCheckpointIO(CheckpointIO):
     ) -> None:
         """Write a checkpoint; ``storage_options`` are the facts that its manifest will hold."""
         self.wait()
+        refuse_what_will_not_load(checkpoint)
         target, facts = Path(path), storage_options or {}
         target.parent.mkdir(parents=True, exist_ok=True)
         if _num_bytes(checkpoint) < self.background_above_mb * 1e6:

@@ -118,7 +118,8 @@ class DistillationModule(UpdateModule):
         self.table: Table | None = None
         self.add_network("critic", critic.heads, critic_optim)
         self.add_network("student", student, student_optim)
-        self.record |= {"kind": "student", "model": dict(student.config), "scale": scale,
+        model = {k: v for k, v in student.config.items() if not k.startswith("_")}  # plain values
+        self.record |= {"kind": "student", "model": model, "scale": scale,
                         "student_timesteps": list(self.timesteps)}  # fmt: skip
 
     # ---- the algorithm ---------------------------------------------------------------------------

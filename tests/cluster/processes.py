@@ -1,5 +1,6 @@
 """Several processes that train together, forked from one server that has imported torch already."""
 
+import atexit
 import multiprocessing
 import os
 import socket
@@ -55,13 +56,14 @@ class Processes:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["two_players"])
+        context.set_forkserver_preload(["two_players", "real_run", "train"])
         port = free_port()
         self.all: list[ForkServerProcess] = []
         for rank in range(world):
             arguments = (rank, world, port, folder, work, kwargs)
-            self.all.append(context.Process(target=_run, args=arguments, daemon=True))
+            self.all.append(context.Process(target=_run, args=arguments))
             self.all[-1].start()
+        atexit.register(self.kill)  # not daemons, for these may have no loader workers
 
     def wait(self, timeout: float = 60) -> list[int]:
         """Return the exit codes. When time runs out, everything is killed and the logs are told."""

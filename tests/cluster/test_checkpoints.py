@@ -93,6 +93,13 @@ def test_code_in_a_checkpoint_does_not_run(tmp_path: Path, monkeypatch: Any) -> 
     assert not (tmp_path / "code_has_run").exists()
 
 
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path: Path) -> None:
+    io = AtomicCheckpointIO(background_above_mb=1)
+    with pytest.raises(TypeError, match="checkpoint/ksr/teacher is a PosixPath"):
+        io.save_checkpoint({"ksr": {"teacher": tmp_path}}, tmp_path / "update-000000001.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_background_save_holds_the_weights_of_its_moment(tmp_path: Path) -> None:
     io = AtomicCheckpointIO(background_above_mb=0)
     weight = torch.zeros(1000)

@@ -1,0 +1,116 @@
+"""The real train.py: killed anywhere, continued by the same command, equal bit for bit."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from processes import Processes, wait_until
+from real_run import NUM_PHOTOS, consumed, digest_of_run, make_shards, make_teacher, run_train
+
+from ksr_distill.training.checkpoints import last_good_checkpoint
+
+BATCH = 12
+"""Divisible by 1, 2, 3 and 4 processes, with 1 or 2 micro-batches."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    make_shards(folder)
+    make_teacher(folder)
+    return folder
+
+
+def saving_every(num_updates: int, *more: str) -> tuple[str, ...]:
+    every = f"callbacks.checkpoint.every_updates={num_updates}"
+    return (f"data.batch_size={BATCH}", every, *more)
+
+
+CASES = [
+    # processes, workers, saved at, dies in
+    (1, 0, 1, "turn"),
+    (3, 2, 3, "turn"),
+]
+ALL_CASES = [
+    (world, workers, saved, place)
+    for world in (1, 2, 3, 4)
+    for workers in (0, 2)
+    for saved, place in ((1, "turn"), (3, "turn"), (6, "save"))
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "workers", "saved_at", "place"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL_CASES)],
+)
+def test_a_killed_run_continued_by_the_same_command_ends_bit_for_bit_equal(
+    files: Path, tmp_path: Path, world: int, workers: int, saved_at: int, place: str
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    changes = saving_every(saved_at, f"data.num_workers={workers}")
+    Processes(world, run_train, whole, files=files, changes=changes).succeed(120)
+    die = (min(saved_at + 1, 6), place)
+    codes = Processes(world, run_train, parts, files=files, changes=changes, die=die).wait(120)
+    assert -signal.SIGKILL in codes
+    if saved_at < 6:
+        assert last_good_checkpoint(parts / "run" / "checkpoints").stem == f"update-{saved_at:09d}"
+    Processes(world, run_train, parts, files=files, changes=changes).succeed(120)
+    assert digest_of_run(parts) == digest_of_run(whole)
+
+
+def assert_each_sample_once_an_epoch(folder: Path, num_updates: int) -> None:
+    positions = [position for seen in consumed(folder).values() for position in seen]
+    assert sorted(positions) == list(range(num_updates * BATCH))
+
+
+def test_no_sample_is_lost_or_doubled_when_the_number_of_processes_changes(
+    files: Path, tmp_path: Path
+) -> None:
+    changes = saving_every(1)
+    for world, die in ((2, (2, "turn")), (3, (4, "turn")), (1, None)):
+        run = Processes(world, run_train, tmp_path, files=files, changes=changes, die=die)
+        run.wait(120)
+    assert_each_sample_once_an_epoch(tmp_path, 6)
+    assert NUM_PHOTOS < BATCH  # several epochs, which end inside an update
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2), (4, 0)])
+def test_20_kills_at_random_moments_change_no_bit_and_no_sample(
+    files: Path, tmp_path: Path, world: int, workers: int
+) -> None:
+    whole, parts, draws = tmp_path / "whole", tmp_path / "parts", random.Random(world)
+    run = {
+        "files": files,
+        "changes": saving_every(2, f"data.num_workers={workers}"),
+        "num_updates": 60,
+    }
+    Processes(world, run_train, whole, **run).succeed(600)
+    kills = 0
+    while kills < 20:
+        running = Processes(world, run_train, parts, **run)
+        time.sleep(draws.uniform(0.5, 4))
+        if not any(process.is_alive() for process in running.all):
+            break
+        if draws.random() < 0.5:
+            running.kill()
+        else:
+            draws.choice(running.all).kill()
+            running.wait(120)
+        kills += 1
+    Processes(world, run_train, parts, **run).succeed(600)
+    (tmp_path / "kills").write_text(str(kills))
+    assert digest_of_run(parts) == digest_of_run(whole)
+    assert_each_sample_once_an_epoch(parts, 60)
+
+
+def test_a_run_that_has_ended_is_not_trained_again(files: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        Processes(1, run_train, tmp_path, files=files, num_updates=2).succeed(120)
+        end = digest_of_run(tmp_path)
+        wait_until(lambda: True)
+    assert digest_of_run(tmp_path) == end
+    assert len(list(consumed(tmp_path))) == 2
