@@ -44,7 +44,9 @@ def load_model_folder(path: Path, *, scale: int, device: torch.device, half: boo
             f"model={path} enlarges by {own_scale}, the benchmark is ×{scale}; "
             "give a benchmark of the model's scale"
         )
-    if index.get("_class_name") == KSRFlashPipeline.__name__:
+    class_name = index.get("_class_name")  # a self-contained folder names a module before it
+    class_name = class_name[-1] if isinstance(class_name, list) else class_name
+    if class_name == KSRFlashPipeline.__name__:
         pipeline = load_pipeline(path, device=device, fp32=not half)
         pipeline.sr.eval()
         return ModelFolder(pipeline, "student", None)

@@ -2,6 +2,7 @@ import warnings
 
 import pytest
 import torch
+from diffusers import Kandinsky3UNet
 
 from ksr_distill.models import RefinerContext, RefinerUNet
 from ksr_distill.models.weights import refiner_from_released
@@ -73,6 +74,23 @@ def test_the_folder_gives_the_same_outputs_and_no_warning(refiner, golden, tmp_p
 
 def test_the_stride_is_that_of_the_levels(refiner):
     assert refiner.stride == 2
+
+
+@torch.no_grad()
+def test_with_four_levels_it_is_the_class_of_diffusers():
+    torch.manual_seed(0)
+    config = {"block_out_channels": (32, 32, 64, 64), "groups": 8, "attention_head_dim": 16,
+              "layers_per_block": 2, "time_embedding_dim": 32, "cross_attention_dim": 16}  # fmt: skip
+    original = Kandinsky3UNet(**config, encoder_hid_dim=16).eval()
+    original.encoder_hid_proj = torch.nn.Identity()
+    ours = RefinerUNet(**config, encoder_hid_dim=16).eval()
+    ours.load_state_dict(original.state_dict())
+    inputs = torch.rand(1, 4, 16, 16), torch.tensor([229]), torch.rand(1, 3, 16)
+
+    theirs = original(*inputs, encoder_attention_mask=torch.ones(1, 3)).sample
+
+    assert torch.equal(ours(*inputs).sample, theirs)
+    assert ours.stride == 8
 
 
 def test_a_depth_for_each_level_is_wanted():
