@@ -10,6 +10,8 @@ The global batch of update u (from 0) is positions [u·B, (u+1)·B). It is cut i
 world_size × accumulate micro-batches; the i-th of a rank is number rank·accumulate + i.
 """
 
+import hashlib
+import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -84,12 +86,12 @@ class SamplePlan:
             attempt: 1, 2, … for the first, second, … substitute; all of the position's own epoch.
         """
         start = position // self.epoch_size * self.epoch_size
-        draw = _raw_draws(1, self.seed, Stream.SHARD_ORDER, position, attempt, 1)[0]
-        return self.locate(start + int(draw) % self.epoch_size)
+        draw, *_ = _hash_draws(self.seed, Stream.SHARD_ORDER, position, attempt)
+        return self.locate(start + draw % self.epoch_size)
 
     def _order_of_epoch(self, number: int) -> _Epoch:
         if self._epoch is None or self._epoch.number != number:
-            shards = permutation(len(self.num_members), self.seed, Stream.SHARD_ORDER, number, 0, 2)
+            shards = permutation(len(self.num_members), self.seed, Stream.SHARD_ORDER, number, 0)
             self._epoch = _Epoch(number, shards, np.cumsum(self.num_members[shards]))
         return self._epoch
 
@@ -98,7 +100,7 @@ class SamplePlan:
         if cached is None or (cached.epoch, cached.number) != (epoch.number, window):
             first = window * self.window_shards
             size = int(self.num_members[epoch.shards[first : first + self.window_shards]].sum())
-            order = permutation(size, self.seed, Stream.SHARD_ORDER, epoch.number, window, 3)
+            order = permutation(size, self.seed, Stream.SHARD_ORDER, epoch.number, window + 1)
             self._window = cached = _Window(epoch.number, window, order)
         return cached.order
 
@@ -138,11 +140,11 @@ def draw_crop(
     position: int, *, seed: int, width: int, height: int, crop_px: int, flip_prob: float | int
 ) -> Crop:
     """Return the window of a picture that a position sees: a function of (seed, position)."""
-    vertical, horizontal, flip = _raw_draws(3, seed, Stream.CROP, position)
+    vertical, horizontal, flip = _hash_draws(seed, Stream.CROP, position, 0)
     return Crop(
-        top=int(vertical) % (height - crop_px + 1),
-        left=int(horizontal) % (width - crop_px + 1),
-        is_flipped=int(flip) < flip_prob * 2**64,
+        top=vertical % (height - crop_px + 1),
+        left=horizontal % (width - crop_px + 1),
+        is_flipped=flip < flip_prob * 2**64,
     )
 
 
@@ -152,8 +154,11 @@ def permutation(count: int, *entropy: int) -> Int[np.ndarray, " {count}"]:
     By sorting raw Philox draws, because numpy promises that these never change between its
     versions, and does not promise it for ``Generator.permutation`` (NEP 19).
     """
-    return np.argsort(_raw_draws(count, *entropy), kind="stable")
+    draws = np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
+    return np.argsort(draws, kind="stable")
 
 
-def _raw_draws(count: int, *entropy: int) -> np.ndarray:
-    return np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
+def _hash_draws(*entropy: int) -> tuple[int, int, int]:
+    """Return three uniform 64-bit integers; a tenth of the time that starting a Philox takes."""
+    digest = hashlib.blake2b(struct.pack("<4Q", *entropy), digest_size=24).digest()
+    return struct.unpack("<3Q", digest)

@@ -164,7 +164,14 @@ def test_the_split_is_a_function_of_the_path_alone():
     files = [SourceFile(f"a/{n}.jpg", n) for n in range(4000)]
     in_val = {file.path for file in files if is_validation(file, chosen)}
     assert 900 < len(in_val) < 1100
-    assert in_val == {file.path for file in files[::-1] if is_validation(file, chosen)}
+    assert [n for n in range(20) if f"a/{n}.jpg" in in_val] == [
+        0,
+        4,
+        7,
+        8,
+        14,
+        15,
+    ]  # on any machine
     more = options(val_fraction=0.5)
     assert in_val < {file.path for file in files if is_validation(file, more)}
 

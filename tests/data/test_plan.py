@@ -28,6 +28,13 @@ def test_every_sample_comes_once_an_epoch_in_another_order_each(window_shards):
     assert plan.locate(EPOCH).epoch == 1
 
 
+def test_shards_come_in_another_order_each_epoch():
+    plan = make_plan([10] * 6, window_shards=1)
+    orders = [tuple(plan.locate(60 * e + 10 * i).shard for i in range(6)) for e in range(5)]
+    assert all(sorted(order) == list(range(6)) for order in orders)
+    assert len(set(orders)) > 3
+
+
 def test_the_order_is_a_function_of_the_seed_and_does_not_depend_on_what_was_asked_before():
     ordered = places(make_plan(), range(3 * EPOCH))
     asked_backwards = places(make_plan(), reversed(range(3 * EPOCH)))[::-1]
