@@ -104,7 +104,7 @@ def _run_all(upscaler: "Upscaler", jobs: "list[Job]", *, num_skipped: int) -> in
                 failed += 1
                 progress.failed(job, error)
             progress.picture_done()
-    if failed or num_skipped or len(jobs) > 1:
+    if num_skipped or len(jobs) > 1:
         done = len(jobs) - failed
         sys.stderr.write(f"{done} done, {num_skipped} skipped, {failed} failed\n")
     return failed

@@ -83,10 +83,9 @@ def _single_job(source: Path, out: Path, name: str | None) -> Job:
 def _job(source: Path, like: Path, name: str | None, *, keep_suffix: bool = False) -> Job:
     """Return a job whose target has the format's suffix; a DeepZoom is a folder without one."""
     if name is None:
-        name = next((n for n, f in FORMATS.items() if like.suffix.lower() in f.suffixes), "png")
+        suffix = like.suffix.lower() or "none"
+        name = next((n for n, f in FORMATS.items() if suffix in f.suffixes), "png")
     suffixes = FORMATS[name].suffixes
-    if name == "dz":
-        return Job(source, like.with_suffix(""), name)
     if keep_suffix or like.suffix.lower() in suffixes:
         return Job(source, like, name)
     return Job(source, like.with_suffix(suffixes[0]), name)

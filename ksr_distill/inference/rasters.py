@@ -55,7 +55,7 @@ class TensorRaster:
 
 @dataclass(frozen=True)
 class ResampledRaster:
-    """Another raster at another size: bicubic (a = -1/2), antialiased where it shrinks."""
+    """Another raster at another size: bicubic (a = -1/2), antialiased, as Pillow does it."""
 
     source: Raster
     height: int
@@ -118,7 +118,8 @@ def taps(
     num_taps = 2 * int(torch.tensor(2 * stretch).ceil()) + 1
     first = (centre - 2 * stretch).ceil().long()
     index = first[:, None] + torch.arange(num_taps)
-    weights = cubic((index - centre[:, None]) / stretch)
+    is_inside = (index >= 0) & (index < in_length)
+    weights = cubic((index - centre[:, None]) / stretch) * is_inside
     weights = weights / weights.sum(dim=1, keepdim=True)
     return index.clamp(0, in_length - 1), weights.float()
 

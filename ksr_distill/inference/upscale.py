@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from ksr_distill.inference.deepzoom import check_replaceable
 from ksr_distill.inference.estimate import (
     Estimate,
     check_disk,
@@ -91,6 +92,7 @@ class Upscaler:
         check_target(job.name, height=height, width=width, bits=bits, has_alpha=has_alpha)
         if self.is_dry_run:
             return False
+        check_replaceable(job.target)
         job.target.parent.mkdir(parents=True, exist_ok=True)
         streamed = estimate.workspace_bytes > 0 or self.shard.count > 1
         workspace = self._open_workspace(job, tiling) if streamed else None

@@ -13,6 +13,7 @@ import numpy as np
 import pyvips
 import torch
 
+from ksr_distill.inference.deepzoom import check_replaceable, write_deepzoom
 from ksr_distill.inference.images import quantised
 from ksr_distill.inference.noise import Window
 from ksr_distill.inference.pictures import Picture, in_one_line
@@ -30,7 +31,7 @@ class Format:
     """A way to write.
 
     Attributes:
-        suffixes: The first is used for new names.
+        suffixes: The first is used for new names. A DeepZoom is a folder and has none.
         max_side_px: What the format can hold.
         options: libvips' saver options.
     """
@@ -54,16 +55,16 @@ FORMATS = {
         {"compression": "deflate", "predictor": "horizontal", "tile": True, "tile_width": 256,
          "tile_height": 256, "bigtiff": True},
     ),
-    "dz": Format((".dz",), 2**31 - 1, False, False, {}),
+    "dz": Format(("",), 2**31 - 1, False, True, {}),
 }  # fmt: skip
 
 
 def format_of(path: Path) -> str:
     """Return a path's format by its suffix."""
     for name, fmt in FORMATS.items():
-        if path.suffix.lower() in fmt.suffixes:
+        if path.suffix and path.suffix.lower() in fmt.suffixes:
             return name
-    known = ", ".join(suffix for fmt in FORMATS.values() for suffix in fmt.suffixes)
+    known = ", ".join(suffix for fmt in FORMATS.values() for suffix in fmt.suffixes if suffix)
     raise ValueError(f"{path}: {path.suffix or 'no suffix'} cannot be written; use one of {known}")
 
 
@@ -99,7 +100,8 @@ def write_picture(raster: Raster, picture: Picture, target: Path, *, name: str, 
     stream = PngStream(raster, alpha, bits=bits, is_grey=picture.is_grey)
     with replacing(target) as temporary:
         try:
-            _save(_with_metadata(stream.image(), picture), temporary, name)
+            image = _with_metadata(stream.image(), picture)
+            _save(image, temporary, name, title=target.name)
         except pyvips.Error as error:
             stream.raise_its_error()
             raise OSError(f"{target} cannot be written: {in_one_line(error)}") from error
@@ -116,6 +118,9 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         _sync(temporary)
+        check_replaceable(target)
+        if target.is_dir():
+            shutil.rmtree(target)  # a folder cannot be replaced in one step
         os.replace(temporary, target)  # noqa: PTH105 - the name of the promise
         _sync(target.parent)
     finally:
@@ -210,13 +215,16 @@ def _with_metadata(image: pyvips.Image, picture: Picture) -> pyvips.Image:
     return image
 
 
-def _save(image: pyvips.Image, path: Path, name: str) -> None:
+def _save(image: pyvips.Image, path: Path, name: str, *, title: str) -> None:
+    if name == "dz":
+        return write_deepzoom(image, path, title=title)
     options = dict(FORMATS[name].options)
     if name == "tif" and image.width * image.height > PYRAMID_ABOVE_PX:
         options |= {"pyramid": True, "subifd": True}
-    {
+    savers = {
         "png": image.pngsave,
         "jpg": image.jpegsave,
         "webp": image.webpsave,
         "tif": image.tiffsave,
-    }[name](str(path), **options)
+    }
+    return savers[name](str(path), **options)
