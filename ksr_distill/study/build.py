@@ -14,8 +14,8 @@ from ksr_distill.study.pictures import (
     read_pair,
     write_shown,
 )
+from ksr_distill.study.schema import DATABASE_NAME, Pair, create_database
 from ksr_distill.study.statistics import rng_for
-from ksr_distill.study.store import DATABASE_NAME, Pair, create_database
 from ksr_distill.study.tokens import write_secret
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ksr_distill.study.planning import LEVEL, decidable_difference
+from ksr_distill.study.schema import Pair
 from ksr_distill.study.statistics import (
     A,
     B,
@@ -20,7 +21,6 @@ from ksr_distill.study.statistics import (
     rng_for,
     summarise,
 )
-from ksr_distill.study.store import Pair
 from ksr_distill.study.tally import Tally, Vote, count_votes, passed_check
 
 # Too few votes to call a habit a habit.

@@ -14,8 +14,8 @@ from ksr_distill.study.charts import category_chart, overall_chart
 from ksr_distill.study.exports import write_label_studio, write_votes_csv
 from ksr_distill.study.findings import Findings, find, points
 from ksr_distill.study.pictures import thumbnail_jpeg
+from ksr_distill.study.schema import Pair
 from ksr_distill.study.statistics import NUM_REPLICATES, OUTCOMES, Interval, Summary
-from ksr_distill.study.store import Pair
 from ksr_distill.study.tally import Tally, read_tally
 
 THUMBNAIL_PX = 220

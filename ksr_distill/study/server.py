@@ -17,7 +17,8 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from ksr_distill.study.store import CHOICES, Assigned, RefusedError, Store
+from ksr_distill.study.schema import CHOICES
+from ksr_distill.study.store import Assigned, RefusedError, Store
 from ksr_distill.study.tokens import is_invitation, rater_of_token, rater_token, read_secret
 
 COOKIE = "ksr_study"

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ksr_distill.study.build import expected_choice
+from ksr_distill.study.schema import Pair
 from ksr_distill.study.statistics import OUTCOMES, Counts
-from ksr_distill.study.store import Pair, Store
+from ksr_distill.study.store import Store
 
 
 class Vote(NamedTuple):

@@ -12,7 +12,7 @@ import pytest
 
 from ksr_distill.study.findings import check_raters
 from ksr_distill.study.report import write_report
-from ksr_distill.study.store import DATABASE_NAME, Pair, create_database
+from ksr_distill.study.schema import DATABASE_NAME, Pair, create_database
 from ksr_distill.study.tally import Vote, count_votes, outcome_of, read_tally
 from tests.study.studies import write_picture
 

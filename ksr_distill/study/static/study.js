@@ -115,7 +115,7 @@ function curtain(text) {
 
 function finish() {
   byId("prompt").textContent = "";
-  curtain("There is nothing left for you to judge. Thank you!");
+  curtain("There is nothing left for you to judge now. Thank you!");
   byId("views").setAttribute("aria-busy", "false");
 }
 
