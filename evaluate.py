@@ -13,7 +13,7 @@ import typer
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ksr_distill.config import check_overrides, check_targets, one_line, root_cause
+from ksr_distill.config import check_overrides, check_targets, one_line
 from ksr_distill.degradation import Degradation
 from ksr_distill.evaluation.command import evaluate
 from ksr_distill.export import export_checkpoint
@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
     try:
         typer.echo(evaluate(config, to_folder=to_folder, load_recipe=load_recipe).resolve())
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {one_line(root_cause(error))}")
+        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

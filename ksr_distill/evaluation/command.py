@@ -20,6 +20,7 @@ from ksr_distill.evaluation.benchmark import Benchmark, BenchmarkSettings, run_b
 from ksr_distill.evaluation.benchmark_images import BenchmarkImage, common_scale, find_images
 from ksr_distill.evaluation.candidates import ToFolder, candidates, check_names
 from ksr_distill.evaluation.feature_network import load_feature_network
+from ksr_distill.evaluation.figures import read_curves
 from ksr_distill.evaluation.lpips import LPIPS
 from ksr_distill.evaluation.report import ReportSettings, write_report
 from ksr_distill.evaluation.results import write_metrics_json, write_per_image_csv
@@ -32,6 +33,16 @@ from ksr_distill.evaluation.upscalers import (
 )
 from ksr_distill.inference.loading import pick_device
 
+WHOLE_NUMBERS = {
+    "scale": (1, False),
+    "seed": (0, False),
+    "crop_px": (16, False),
+    "max_cards": (0, False),
+    "num_images": (1, True),
+    "border_px": (0, True),
+}
+"""By key, the smallest that is allowed, and whether null is."""
+
 LoadRecipe = Callable[[str, int], Degradation]
 """From a recipe's name and the scale to the degradation."""
 
@@ -42,6 +53,7 @@ def evaluate(config: Mapping[str, Any], *, to_folder: ToFolder, load_recipe: Loa
     Raises:
         ValueError: By the config's key, before anything is run.
     """
+    check_numbers(config)
     folder = Path(config["output_dir"])
     images = find_images(_path(config["benchmark"]), _path(config["lowres"]))
     images = images[: config["num_images"]]
@@ -59,6 +71,8 @@ def evaluate(config: Mapping[str, Any], *, to_folder: ToFolder, load_recipe: Loa
         max_cards=config["max_cards"],
         curves=_path(config["curves"]),
     )
+    if report.curves is not None:
+        read_curves(report.curves)  # only to refuse a damaged file now rather than in the end
     folder.mkdir(parents=True, exist_ok=True)
     benchmark = _run_with_progress(upscalers, images, settings, folder)
     facts = _facts(config, settings, specs)
@@ -71,6 +85,23 @@ def evaluate(config: Mapping[str, Any], *, to_folder: ToFolder, load_recipe: Loa
     write_per_image_csv(benchmark, folder / "per_image.csv")
     write_report(benchmark, folder / "report.html", settings=report, facts=facts)
     return folder / "report.html"
+
+
+def check_numbers(config: Mapping[str, Any]) -> None:
+    """Refuse what is no whole number, or too small.
+
+    Raises:
+        ValueError: By the config's key.
+    """
+    for key, (smallest, may_be_null) in WHOLE_NUMBERS.items():
+        value = config[key]
+        if value is None and may_be_null:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+            raise ValueError(
+                f"{key}={value!r} is not allowed; use a whole number ≥ {smallest}"
+                f"{' or null' if may_be_null else ''}"
+            )
 
 
 def _settings(

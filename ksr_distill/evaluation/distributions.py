@@ -1,5 +1,6 @@
 """Distances between the distributions of patches or crops, rather than between pixels."""
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -102,7 +103,9 @@ def feature_distances(
     if num_crops < 16:
         too_few = f"skipped: {num_crops} crops are too few; give more or larger images"
         return FeatureDistances(kid=too_few, fid=too_few)
-    kid = KernelInceptionDistance(network, subset_size=min(num_crops // 2, 1000), subsets=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features in memory
+        kid = KernelInceptionDistance(network, subset_size=min(num_crops // 2, 1000), subsets=100)
     fid = FrechetInceptionDistance(network)
     metrics = [kid.to(ours.device), fid.to(ours.device)]
     for images, is_original in ((ours, False), (theirs, True)):

@@ -4,11 +4,13 @@ torchvision itself breaks torchmetrics, Lightning and diffusers beside a CPU bui
 the project never imports it. Its weight files (vgg16-397923af.pth, alexnet-owt-7be5be79.pth) fit.
 """
 
+import pickle
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -43,7 +45,9 @@ class FeatureNetwork(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
         self.backbone: Backbone = backbone
-        self.features, self.taps = _vgg16() if backbone == "vgg" else _alexnet()
+        trunk = _vgg16() if backbone == "vgg" else _alexnet()
+        self.features: nn.Sequential = trunk.layers
+        self.taps = trunk.taps
         self.num_features = 512 if backbone == "vgg" else 256
         self.register_buffer("shift", torch.tensor(INPUT_SHIFT).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("scale", torch.tensor(INPUT_SCALE).view(1, 3, 1, 1), persistent=False)
@@ -53,7 +57,7 @@ class FeatureNetwork(nn.Module):
         """Return the features after the last ReLU of each of the five levels."""
         x = (images - self.shift) / self.scale
         levels = []
-        for index, layer in enumerate(self.features[: self.taps[-1] + 1]):
+        for index, layer in enumerate(list(self.features)[: self.taps[-1] + 1]):
             x = layer(x)
             if index in self.taps:
                 levels.append(x)
@@ -75,11 +79,16 @@ def load_feature_network(weights: Path) -> FeatureNetwork:
             f"lpips_weights={weights} is no file; give torchvision's vgg16-397923af.pth or "
             "alexnet-owt-7be5be79.pth"
         )
-    state = (
-        load_file(weights)
-        if weights.suffix == ".safetensors"
-        else torch.load(weights, map_location="cpu", weights_only=True)
-    )
+    try:
+        state = (
+            load_file(weights)
+            if weights.suffix == ".safetensors"
+            else torch.load(weights, map_location="cpu", weights_only=True)
+        )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
+        raise ValueError(
+            f"{weights} cannot be read as weights ({type(error).__name__}); give torchvision's file"
+        ) from error
     trunk = {key: value for key, value in state.items() if key.startswith("features.")}
     backbone: Backbone = "vgg" if "features.28.weight" in trunk else "alex"
     network = FeatureNetwork(backbone)

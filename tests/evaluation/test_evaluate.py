@@ -77,6 +77,24 @@ def test_a_folder_called_like_a_config_group_is_a_folder():
     assert config(*overrides)["model"] == "outputs/ksr_flash/export"
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_images=abc", "num_images='abc' is not allowed; use a whole number ≥ 1 or null"),
+        ("seed=-1", "seed=-1 is not allowed; use a whole number ≥ 0"),
+        ("border_px=2.5", "border_px=2.5 is not allowed"),
+        ("judged=student", "judged=student is not among nearest, bicubic, lanczos"),
+        ("sort_by=psnr", "sort_by='psnr' is no metric"),
+        ("curves=missing.csv", "curves=missing.csv is no file"),
+        ("lpips_weights=missing.pth", "lpips_weights=missing.pth is no file"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(override, message, pairs, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(f"benchmark={pairs}", f"output_dir={tmp_path / 'out'}", override)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_misspelt_key_names_the_nearest():
     with pytest.raises(ValueError, match="benchmrk is no key of the config; did you mean bench"):
         check_overrides("evaluate", ["benchmrk=x"], CONF)

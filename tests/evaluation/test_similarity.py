@@ -102,6 +102,9 @@ def test_a_file_of_another_network_is_refused(tmp_path):
     torch.save({"features.0.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match=r"neither torchvision's VGG16 nor its AlexNet.*features"):
         load_feature_network(tmp_path / "resnet.pth")
+    (tmp_path / "damaged.pth").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        load_feature_network(tmp_path / "damaged.pth")
     with pytest.raises(ValueError, match="is no file; give torchvision's"):
         load_feature_network(tmp_path / "missing.pth")
 
