@@ -92,6 +92,7 @@ class HiresDataModule(LightningDataModule):
         self.start_update = 0
         self.budget = CorruptionBudget(corrupt_budget)
         self._validation: PictureDataset | None = None
+        self._checked_world_size: int | None = None
 
     @property
     def world_size(self) -> int:
@@ -128,10 +129,12 @@ class HiresDataModule(LightningDataModule):
             )
         self._check_training()
         self._check_validation(world_size)
+        self._checked_world_size = world_size
 
     def setup(self, stage: str) -> None:  # noqa: ARG002  # Lightning passes it
-        """Check again, now that the ranks are known."""
-        self.check(world_size=self.world_size)
+        """Check, unless it was done for as many ranks: 20 000 headers are not read twice."""
+        if self._checked_world_size != self.world_size:
+            self.check(world_size=self.world_size)
 
     def train_dataloader(self) -> UpdateLoader:
         """Return a loader of one batch an update, from start_update on."""
