@@ -49,10 +49,14 @@ def upscale(
     shard: Annotated[
         str, typer.Option(help="i/n: this process's part of a folder, or of one picture's tiles.")
     ] = "0/1",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Write report.html: sliders, before and after.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")] = False,
     max_megapixels: Annotated[float, typer.Option(help="Refuse larger sources.")] = 120.0,
 ) -> None:
     """Enlarge pictures of any size and kind, to any size; huge ones stream through the disk."""
+    from ksr_distill.inference.compare import write_comparison
     from ksr_distill.inference.estimate import measure_speed
     from ksr_distill.inference.jobs import Shard, parse_shard, plan_jobs
     from ksr_distill.inference.loading import load_pipeline, pick_device
@@ -84,27 +88,33 @@ def upscale(
         measure=measure_speed,
         is_dry_run=dry_run,
     )
-    failed = _run_all(upscaler, jobs, num_skipped=len(skipped))
-    if not dry_run and failed < len(jobs) + len(skipped):
-        typer.echo((out if source.is_dir() else [*jobs, *skipped][0].target).resolve())
-    if failed:
+    done = _run_all(upscaler, jobs, num_skipped=len(skipped))
+    finished = [*done, *skipped]
+    if finished and not dry_run:
+        target = out if source.is_dir() else finished[0].target
+        if compare and part.index == 0:
+            report = (out if source.is_dir() else target.parent) / "report.html"
+            write_comparison(finished, report)
+            typer.echo(report.resolve())
+        typer.echo(target.resolve())
+    if len(done) < len(jobs):
         raise SystemExit(1)
 
 
-def _run_all(upscaler: "Upscaler", jobs: "list[Job]", *, num_skipped: int) -> int:
-    """Run every job, whatever happens to the others; return how many failed."""
+def _run_all(upscaler: "Upscaler", jobs: "list[Job]", *, num_skipped: int) -> "list[Job]":
+    """Run every job, whatever happens to the others; return those that went well."""
     from ksr_distill.cli.progress import UpscaleProgress
 
-    failed = 0
+    done = []
     with UpscaleProgress(len(jobs)) as progress:
         for job in jobs:
             try:
                 upscaler.run(job, progress)
+                done.append(job)
             except (ValueError, OSError) as error:
-                failed += 1
                 progress.failed(job, error)
             progress.picture_done()
     if num_skipped or len(jobs) > 1:
-        done = len(jobs) - failed
-        sys.stderr.write(f"{done} done, {num_skipped} skipped, {failed} failed\n")
-    return failed
+        failed = len(jobs) - len(done)
+        sys.stderr.write(f"{len(done)} done, {num_skipped} skipped, {failed} failed\n")
+    return done

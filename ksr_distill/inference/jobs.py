@@ -1,5 +1,6 @@
 """Which pictures become which files."""
 
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ def plan_jobs(source: Path, out: Path, *, name: str | None) -> list[Job]:
         name: The format; by default the target's, else the source's own, else PNG.
 
     Raises:
-        ValueError: If there is no picture, or if two would have one target.
+        ValueError: If there is no picture, or if one would be overwritten.
         OSError: If the source does not exist.
     """
     if name is not None and name not in FORMATS:
@@ -54,7 +55,8 @@ def plan_jobs(source: Path, out: Path, *, name: str | None) -> list[Job]:
     else:
         source.stat()
         jobs = [_single_job(source, out, name)]
-    _check_targets(jobs)
+    jobs = _with_distinct_targets(jobs)
+    _refuse_overwriting(jobs)
     return jobs
 
 
@@ -91,16 +93,20 @@ def _job(source: Path, like: Path, name: str | None, *, keep_suffix: bool = Fals
     return Job(source, like.with_suffix(suffixes[0]), name)
 
 
-def _check_targets(jobs: list[Job]) -> None:
-    seen: dict[Path, Path] = {}
+def _with_distinct_targets(jobs: list[Job]) -> list[Job]:
+    """Return the jobs; where a.bmp and a.ppm would both be a.png, one is a.bmp.png instead."""
+    counts = Counter(job.target for job in jobs)
+    return [
+        job
+        if counts[job.target] == 1
+        else job._replace(target=job.target.with_name(job.source.name + job.target.suffix))
+        for job in jobs
+    ]
+
+
+def _refuse_overwriting(jobs: list[Job]) -> None:
     for job in jobs:
         if job.target.resolve() == job.source.resolve():
             raise ValueError(
                 f"{job.source} would be overwritten by its enlargement; use another -o"
             )
-        if job.target in seen:
-            raise ValueError(
-                f"{seen[job.target]} and {job.source} would both become {job.target}; "
-                "rename one, or leave --format out"
-            )
-        seen[job.target] = job.source

@@ -117,6 +117,11 @@ def open_picture(path: Path, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) 
         raise ValueError(f"{path} cannot be read as a picture: {in_one_line(error)}") from error
 
 
+def upright(path: Path) -> pyvips.Image:
+    """Return a file's image with its orientation applied, whatever its size."""
+    return _decoded(path, math.inf).autorot()
+
+
 def _decoded(path: Path, max_megapixels: float) -> pyvips.Image:
     """Return the file's image, from Pillow where libvips does not know the format (BMP, PPM, …)."""
     if pyvips.base.vips_lib.vips_foreign_find_load(str(path).encode()) == pyvips.ffi.NULL:

@@ -73,8 +73,8 @@ class Upscaler:
     measure: Callable[[list[TilePass]], list[float]] | None = None
     is_dry_run: bool = False
 
-    def run(self, job: Job, progress: Progress) -> bool:
-        """Enlarge one picture; tell whether this process wrote (or would write) the file.
+    def run(self, job: Job, progress: Progress) -> None:
+        """Enlarge one picture; where its tiles are shared, the first process writes the file.
 
         Raises:
             ValueError: If the picture, or the format for its size, will not do.
@@ -91,7 +91,7 @@ class Upscaler:
         has_alpha = picture.alpha is not None
         check_target(job.name, height=height, width=width, bits=bits, has_alpha=has_alpha)
         if self.is_dry_run:
-            return False
+            return
         check_replaceable(job.target)
         job.target.parent.mkdir(parents=True, exist_ok=True)
         streamed = estimate.workspace_bytes > 0 or self.shard.count > 1
@@ -108,14 +108,13 @@ class Upscaler:
             **options,
         )
         if self.shard.index > 0:
-            return False
+            return
         if isinstance(enlarged, BlendedRaster):
             wait_until_whole(enlarged)
         result = resized(enlarged, picture.colour, settings.scale)
         write_picture(result, picture, job.target, name=job.name, bits=bits)
         if workspace:
             workspace.remove()
-        return True
 
     def _passes(self) -> list[TilePass]:
         settings = self.settings

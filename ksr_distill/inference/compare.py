@@ -1,0 +1,69 @@
+"""``--compare``: sources beside results in one HTML file that needs nothing else."""
+
+import base64
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import jinja2
+import pyvips
+
+from ksr_distill.inference.jobs import Job
+from ksr_distill.inference.pictures import upright
+from ksr_distill.inference.writing import replacing
+
+PREVIEW_PX = 2048
+"""Longest side of an embedded picture: about 1 MB each."""
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_comparison(jobs: Sequence[Job], path: Path) -> None:
+    """Write the page; pictures are read one after the other, so that memory stays small.
+
+    Args:
+        jobs: Finished ones; a DeepZoom has a page of its own and is left out.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    shown = [job for job in jobs if job.name != "dz"]
+    page = environment.get_template("compare.html").stream(
+        title=f"{len(shown)} picture{'s' if len(shown) != 1 else ''}, before and after",
+        cards=_cards(shown, path.parent),
+    )
+    with replacing(path) as temporary:
+        page.dump(str(temporary), encoding="utf-8")
+
+
+def _cards(jobs: Sequence[Job], folder: Path) -> Iterator[dict[str, object]]:
+    for job in jobs:
+        source, result = (upright(path) for path in (job.source, job.target))
+        is_reduced = max(result.width, result.height) > PREVIEW_PX
+        yield {
+            "name": job.target.name,
+            "link": quote(job.target.relative_to(folder).as_posix()),
+            "width": result.width,
+            "height": result.height,
+            "before": _data_uri(source),
+            "after": _data_uri(result),
+            "source_size": f"{source.width} × {source.height}",
+            "result_size": f"{result.width} × {result.height}",
+            "note": f" (shown here with at most {PREVIEW_PX} px a side)" if is_reduced else "",
+        }
+
+
+def _data_uri(image: pyvips.Image) -> str:
+    """Return a picture as sRGB JPEG, or PNG where it is transparent; never enlarged."""
+    preview = image.thumbnail_image(
+        PREVIEW_PX, height=PREVIEW_PX, size="down", output_profile="srgb"
+    )
+    if preview.hasalpha():
+        kind, data = "png", preview.pngsave_buffer(keep="none", bitdepth=8)
+    else:
+        kind, data = "jpeg", preview.jpegsave_buffer(Q=90, keep="none")
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
