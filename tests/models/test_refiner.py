@@ -79,8 +79,14 @@ def test_the_stride_is_that_of_the_levels(refiner):
 @torch.no_grad()
 def test_with_four_levels_it_is_the_class_of_diffusers():
     torch.manual_seed(0)
-    config = {"block_out_channels": (32, 32, 64, 64), "groups": 8, "attention_head_dim": 16,
-              "layers_per_block": 2, "time_embedding_dim": 32, "cross_attention_dim": 16}  # fmt: skip
+    config = {
+        "block_out_channels": (32, 32, 64, 64),
+        "layers_per_block": 2,
+        "groups": 8,
+        "attention_head_dim": 16,
+        "time_embedding_dim": 32,
+        "cross_attention_dim": 16,
+    }
     original = Kandinsky3UNet(**config, encoder_hid_dim=16).eval()
     original.encoder_hid_proj = torch.nn.Identity()
     ours = RefinerUNet(**config, encoder_hid_dim=16).eval()
