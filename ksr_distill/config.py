@@ -133,7 +133,7 @@ def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) ->
     texts = [text for text in arguments if not text.startswith("-")]
     try:
         parsed = OverridesParser.create().parse_overrides(texts)
-        kept = [o.input_line for o in parsed if not o.is_sweep_override()]
+        kept = [o.input_line or "" for o in parsed if not o.is_sweep_override()]
         for override in parsed:
             if override.is_add() and not str(override.key_or_group).startswith(EXTENSIBLE):
                 raise ValueError(

@@ -114,7 +114,7 @@ def check_same_pixels(pipeline: DiffusionPipeline, folder: Path) -> None:
     lowres = torch.rand((1, 3, 32, 48), generator=generator)
     reloaded = type(pipeline).from_pretrained(folder)
     ours, theirs = (
-        p(lowres, generator=torch.Generator().manual_seed(1), output_type="pt").images
+        p(lowres, generator=torch.Generator().manual_seed(1), output_type="pt").images  # pyright: ignore[reportCallIssue]
         for p in (pipeline, reloaded)
     )
     if not torch.equal(torch.as_tensor(ours), torch.as_tensor(theirs)):

@@ -1,7 +1,7 @@
 """The super-resolution U-Net: x_t, a timestep and the low-resolution image in, pred_x_0 out."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ class KSRUNet(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(stem, 3, 3, padding=1)
         if predict_residual:
             nn.init.zeros_(self.conv_out.weight)
-            nn.init.zeros_(self.conv_out.bias)
+            nn.init.zeros_(cast(Tensor, self.conv_out.bias))
 
     @property
     def stride(self) -> int:
@@ -113,7 +113,7 @@ class KSRUNet(ModelMixin, ConfigMixin):
         time_embedding = self.time_embedding(t).to(hidden.dtype)
         levels = []
         for down_level in self.down_levels:
-            hidden = self._run(down_level, hidden, time_embedding)
+            hidden = self._run(cast(nn.ModuleList, down_level), hidden, time_embedding)
             levels.append(hidden)
         return Encoded(tuple(levels), time_embedding)
 
@@ -123,7 +123,7 @@ class KSRUNet(ModelMixin, ConfigMixin):
         hidden = skips.pop()
         for i, up_level in enumerate(self.up_levels):
             hidden = hidden if i == 0 else torch.cat([hidden, skips.pop()], dim=1)
-            hidden = self._run(up_level, hidden, encoded.time_embedding)
+            hidden = self._run(cast(nn.ModuleList, up_level), hidden, encoded.time_embedding)
         return self.conv_out(F.silu(self.norm_out(hidden)))
 
     def forward(
@@ -146,7 +146,8 @@ class KSRUNet(ModelMixin, ConfigMixin):
     def _run(self, level: nn.ModuleList, hidden: Tensor, time_embedding: Tensor) -> Tensor:
         for block in level:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = self._gradient_checkpointing_func(block, hidden, time_embedding)
+                checkpointed = cast(Callable[..., Tensor], self._gradient_checkpointing_func)
+                hidden = checkpointed(block, hidden, time_embedding)
             else:
                 hidden = block(hidden, time_embedding)
         return hidden

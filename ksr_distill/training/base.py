@@ -4,12 +4,13 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.training.ema import ema_decay, update_ema
@@ -36,6 +37,9 @@ class UpdateModule(LightningModule):
 
     averaged: str
     """Name of the network that is averaged; its average is ``{averaged}_ema``."""
+    scale: int
+    skipped_updates: Tensor
+    skipped_in_a_row: Tensor
 
     def __init__(
         self,
@@ -78,7 +82,7 @@ class UpdateModule(LightningModule):
         """Use this wrapper (DDP, compiled) for gradient-carrying forwards of a network."""
         # The critic's heads stay eager: compiled graphs have no double backward, which R1 needs.
         compiles = self.compile_networks and name == self.averaged
-        self._wrapped[name] = torch.compile(wrapped) if compiles else wrapped
+        self._wrapped[name] = cast(nn.Module, torch.compile(wrapped)) if compiles else wrapped
 
     def wrapped(self, name: str) -> nn.Module:
         """Return the network as gradient-carrying forwards should call it."""
@@ -123,7 +127,7 @@ class UpdateModule(LightningModule):
         """Return a context in which gradients stay local until the last micro-batch."""
         wrapped = self.wrapped(name)
         if index < count - 1 and hasattr(wrapped, "no_sync"):
-            return wrapped.no_sync()
+            return cast(DistributedDataParallel, wrapped).no_sync()
         return nullcontext()
 
     # ---- one optimiser step ----------------------------------------------------------------------
@@ -134,7 +138,7 @@ class UpdateModule(LightningModule):
             torch.optim.AdamW(
                 network.parameters(),
                 lr=self._optim[name].learning_rate,
-                betas=tuple(self._optim[name].betas),
+                betas=cast(tuple[float, float], tuple(self._optim[name].betas)),
                 weight_decay=self._optim[name].weight_decay,
                 fused=True,
             )

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
@@ -14,6 +14,8 @@ from ksr_distill.models import Critic, KSRUNet
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.training.distillation import DistillationModule
 from ksr_distill.training.teacher import TeacherModule
+
+N = TypeVar("N", bound=torch.nn.Module)
 
 
 def teacher_folder(folder: str | Path) -> Path:
@@ -79,9 +81,11 @@ def seeded_initialisation(seed: int) -> Iterator[None]:
         yield
 
 
-def in_memory_format(network: torch.nn.Module, channels_last: bool) -> torch.nn.Module:
+def in_memory_format(network: N, channels_last: bool) -> N:
     """Return the network with its convolutions' weights in the format asked for."""
-    return network.to(memory_format=torch.channels_last) if channels_last else network
+    if channels_last:
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return network
 
 
 def fingerprint(network: ModelMixin) -> str:

@@ -21,7 +21,8 @@ def update_ema(average: nn.Module, network: nn.Module, *, decay: float, moved: T
         moved: 1 where the network took its update, 0 where it was skipped; a 0-dim tensor, so that
             nobody waits for the device.
     """
-    averages, weights = list(average.parameters()), list(network.parameters())
+    averages: list[Tensor] = list(average.parameters())
+    weights: list[Tensor] = list(network.parameters())
     steps = torch._foreach_sub(weights, averages)
     torch._foreach_mul_(steps, (1 - decay) * moved)
     torch._foreach_add_(averages, steps)

@@ -102,7 +102,9 @@ class Previews(Callback):
         """Write the sheet and the figures, on the first rank."""
         if trainer.sanity_checking:
             return
-        metrics = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        metrics: dict[str, Tensor | float] = {
+            k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")
+        }
         pl_module.log_values(metrics)
         if trainer.is_global_zero and pl_module.previews:
             path = self.folder / f"update_{pl_module.update:06d}.png"
