@@ -305,6 +305,9 @@ class DistillationModule(UpdateModule):
             return self.wrapped("student")(image, t, image).float().square().mean()
         with torch.no_grad():
             features = [n.float() for n in self.critic.features(image, t, image)]
+        # As in a turn; besides, torch 2.13's channels_last GroupNorm on the CPU crashes in a
+        # backward that does not reach its input.
+        features = [n.requires_grad_() for n in features]
         return torch.stack([s.mean() for s in self.wrapped("critic")(features, t)]).sum()
 
     def samplers(self) -> dict[str, Sampler]:
