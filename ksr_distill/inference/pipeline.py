@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline, VQModel
@@ -66,9 +67,9 @@ class KSRFlashPipeline(DiffusionPipeline):
         super().register_to_config(**{name: public_path(value) for name, value in kwargs.items()})
 
     @classmethod
-    def load_config(cls, *args: object, **kwargs: object) -> dict[str, object]:
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Return model_index.json, with this package's classes where a folder brings its own."""
-        return own_classes(super().load_config(*args, **kwargs))
+        return own_classes(cast(dict[str, Any], super().load_config(*args, **kwargs)))
 
     @torch.no_grad()
     def __call__(  # noqa: PLR0913 - what a user may choose, all by keyword
@@ -237,7 +238,7 @@ def public_path(value: object) -> object:
     return value
 
 
-def own_classes(index: dict[str, object]) -> dict[str, object]:
+def own_classes(index: dict[str, Any]) -> dict[str, Any]:
     """Return the index of a self-contained folder as if it were a plain one.
 
     Such a folder carries copies of our code for those who lack the package; whoever has it needs

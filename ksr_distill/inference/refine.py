@@ -74,7 +74,8 @@ def encode_in_tiles(movq: VQModel, picture: Float[Tensor, "b 3 H W"]) -> Float[T
         picture: In [-1, 1]; both sides multiples of 8 latents' worth of pixels.
     """
     factor = downscale_factor(movq)
-    plan = _movq_plan(picture, factor)
+    height, width = picture.shape[-2:]
+    plan = _plan(height, width, factor)
     blended = _reduced(plan, factor)
     return _blend(lambda i: encode(movq, _part(picture, plan.window(i))), blended)
 
@@ -170,10 +171,6 @@ class RefinerPass:
         return self.noise.source(latent_windows, channels=channels, device=self.device)
 
 
-def _movq_plan(picture: Tensor, factor: int) -> TilePlan:
-    return _plan(*picture.shape[-2:], factor)
-
-
 def _plan(height: int, width: int, factor: int) -> TilePlan:
     return plan_tiles(height, width, tile_px=MOVQ_TILE_PX, overlap_px=MOVQ_OVERLAP_PX, align=factor)
 
@@ -201,14 +198,13 @@ def _part(image: Tensor, window: Window) -> Tensor:
 
 def _blend(compute: Callable[[int], Tensor], plan: TilePlan) -> Tensor:
     """Return all tiles of the plan as one tensor, summed in their order."""
+    tile = compute(0)
     if len(plan) == 1:
-        return compute(0)
-    total: Tensor | None = None
+        return tile
+    total = tile.new_zeros(*tile.shape[:2], plan.rows.length, plan.columns.length)
     for index in range(len(plan)):
         row, column = divmod(index, len(plan.columns.starts))
-        tile = compute(index)
-        if total is None:
-            total = tile.new_zeros(*tile.shape[:2], plan.rows.length, plan.columns.length)
+        tile = tile if index == 0 else compute(index)
         weights = plan.rows.weights(row)[:, None] * plan.columns.weights(column)
         _part(total, plan.window(index)).add_(weights.to(tile.device) * tile)
     return total

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -74,9 +75,9 @@ class KSRTeacherPipeline(DiffusionPipeline):
         super().register_to_config(**{name: public_path(value) for name, value in kwargs.items()})
 
     @classmethod
-    def load_config(cls, *args: object, **kwargs: object) -> dict[str, object]:
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Return model_index.json, with this package's classes where a folder brings its own."""
-        return own_classes(super().load_config(*args, **kwargs))
+        return own_classes(cast(dict[str, Any], super().load_config(*args, **kwargs)))
 
     @torch.no_grad()
     def __call__(
@@ -116,7 +117,7 @@ class KSRTeacherPipeline(DiffusionPipeline):
                 noise = PlaceNoise(seed, stage)
                 enlarged = self._enlarge_once(enlarged, noise, steps, view_batch_size)
             results.append(resized(enlarged, source, scale))
-        images = from_rasters(results, output_type)
+        images: Any = from_rasters(results, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
