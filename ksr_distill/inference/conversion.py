@@ -1,5 +1,6 @@
 """Released files to models; every error begins with the file it is about."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 from ksr_distill.inference.model_folders import check_same_weights, load_model, new_file
 from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
 from ksr_distill.models.released_files import read_content, read_state_dict, read_tensor
+from ksr_distill.models.weight_configs import sr_unet_config
 from ksr_distill.models.weights import (
     context_from_released,
     movq_from_released,
@@ -19,6 +21,8 @@ from ksr_distill.models.weights import (
     released_state_dict,
     sr_unet_from_released,
 )
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=ModelMixin)
 
@@ -83,8 +87,21 @@ def read_context(path: Path, *, mask_path: Path | None = None) -> RefinerContext
 
 
 def write_original(model: ModelMixin, path: Path, *, overwrite: bool = False) -> None:
-    """Write a file for the released code: ``{'unet': …}``, or the bare state dict of a MoVQ."""
+    """Write a file for the released code: ``{'unet': …}``, or the bare state dict of a MoVQ.
+
+    A warning says so where the file alone does not tell the number of groups.
+    """
     state_dict = released_state_dict(model)
+    if isinstance(model, KSRUNet):
+        guessed = sr_unet_config({name: value.shape for name, value in state_dict.items()})
+        if guessed["num_groups"] != model.config.num_groups:
+            logger.warning(
+                "%s has %d groups in its group norms, which the file cannot say: pass "
+                "groups=%d to the released code, or --num-groups to `ksr convert sr-unet`",
+                path,
+                model.config.num_groups,
+                model.config.num_groups,
+            )
     content = state_dict if isinstance(model, VQModel) else {"unet": state_dict}
     with new_file(path, overwrite=overwrite) as scratch:
         torch.save(content, scratch)

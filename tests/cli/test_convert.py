@@ -185,6 +185,16 @@ def test_there_and_back_gives_the_released_file(files, tmp_path, kind, file, nam
     assert all(torch.equal(back[key], value) for key, value in released(name).items())
 
 
+def test_groups_that_a_file_cannot_tell_are_told(files, tmp_path, caplog):
+    file, options = files / "KandiSuperRes.ckpt", ("--num-groups", 16)
+    folder = converted("sr-unet", file, tmp_path / "folder", *options)
+    converted("original", folder, tmp_path / "back.pt")
+    assert "has 16 groups in its group norms, which the file cannot say" in caplog.text
+    caplog.clear()
+    converted("original", converted("sr-unet", file, tmp_path / "usual"), tmp_path / "usual.pt")
+    assert not caplog.text
+
+
 def test_half_precision_stays_half_there_and_back(tmp_path):
     halves = {name: value.half() for name, value in released("sr_unet").items()}
     torch.save({"unet": halves}, tmp_path / "half.pt")
