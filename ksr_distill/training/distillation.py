@@ -233,6 +233,7 @@ class DistillationModule(UpdateModule):
             xi = noise_from(r.generator, r.x_0.shape, device=r.x_0.device)(0)
             with torch.no_grad():
                 perturbed = self.look(r.x_0 + self.critic_terms.ar1_sigma * xi, r)
+            perturbed = [n.requires_grad_() for n in perturbed]  # see rehearsal_loss: a crash
             return approximate_r1_penalty(scores_real, heads(perturbed, r.critic_t))
         return scores_real[0].new_zeros(())
 
