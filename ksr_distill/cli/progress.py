@@ -1,7 +1,7 @@
 """What ``ksr upscale`` shows while it works: a bar for the tiles, and one for the pictures."""
 
 import logging
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -35,7 +35,7 @@ class UpscaleProgress:
             console=self._console, show_time=False, show_level=False, show_path=False
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "UpscaleProgress":
         logging.getLogger("ksr_distill").addHandler(self._handler)
         self._bars.start()
         return self

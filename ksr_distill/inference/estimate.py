@@ -190,7 +190,7 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def as_size(num_bytes: float) -> str:
+def as_size(num_bytes: float | int) -> str:
     """Return bytes for people: 1.3 GB."""
     for unit in ("B", "KB", "MB"):
         if num_bytes < 999.5:
@@ -199,7 +199,7 @@ def as_size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} GB"
 
 
-def as_duration(seconds: float) -> str:
+def as_duration(seconds: float | int) -> str:
     """Return seconds for people: 2 h 05 min."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"

@@ -57,7 +57,7 @@ class VipsRaster:
         except pyvips.Error as error:
             raise ValueError(f"the picture is broken: {in_one_line(error)}") from error
         array = array.reshape(window.height, window.width, -1).astype(np.float32)
-        pixels = torch.from_numpy(array).permute(2, 0, 1) * (2 / self.peak) - 1
+        pixels = torch.from_numpy(array).permute(2, 0, 1) / self.peak * 2 - 1
         return pixels.expand(self.channels, -1, -1).contiguous()
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -45,6 +45,7 @@ class Settings:
     max_megapixels: float = 120.0
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Who is told how a picture comes along."""
 

@@ -47,6 +47,7 @@ FORMATS = {
     "png": Format((".png",), 2**31 - 1, True, True, {"compression": 6}),
     "jpg": Format((".jpg", ".jpeg"), 65500, False, False, {"Q": 95, "subsample_mode": "off"}),
     "webp": Format((".webp",), 16383, False, True, {"Q": 95}),
+    # libvips writes ICC, XMP and IPTC into a TIFF, but no EXIF.
     "tif": Format(
         (".tif", ".tiff"),
         2**31 - 1,

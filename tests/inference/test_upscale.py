@@ -1,0 +1,347 @@
+"""``ksr upscale`` as a user runs it, but in this process: imports are paid once."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ksr_distill.cli import app
+from ksr_distill.inference import KSRFlashPipeline, estimate, upscale, workspace
+from tests.inference.test_pictures import broken_files
+
+RGB = np.random.default_rng(0).integers(0, 256, (20, 28, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def photo(tmp_path):
+    PIL.Image.fromarray(RGB).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def ksr(model_folder):
+    def run(*arguments):
+        defaults = ["--model", str(model_folder), "--device", "cpu"]
+        return CliRunner().invoke(app, ["upscale", *defaults, *map(str, arguments)])
+
+    return run
+
+
+def read(path):
+    return np.asarray(PIL.Image.open(path))
+
+
+def names(folder):
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_it_makes_what_the_pipeline_makes_and_prints_where(ksr, photo, tmp_path, model_folder):
+    result = ksr(photo, "-o", tmp_path / "big.png", "--scale", 3, "--seed", 7)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "big.png")
+    pipeline = KSRFlashPipeline.from_pretrained(model_folder)
+    generator = torch.Generator().manual_seed(7)
+    (expected,) = pipeline(PIL.Image.open(photo), scale=3, generator=generator).images
+    np.testing.assert_array_equal(read(tmp_path / "big.png"), np.asarray(expected))
+
+
+def test_the_plan_comes_first(ksr, photo, tmp_path):
+    result = ksr(photo, "-o", tmp_path / "big.png", "--scale", 4)
+    assert "photo.png: 28×20 → 112×80 px in 2 passes, 2 tiles" in result.stderr
+    assert "of memory, up to" in result.stderr
+
+
+def test_a_dry_run_prints_the_time_too_and_makes_nothing(ksr, photo, tmp_path):
+    before = names(tmp_path)
+    result = ksr(photo, "-o", tmp_path / "new" / "big.png", "--dry-run", "--scale", 16)
+    assert result.exit_code == 0
+    assert "448×320 px in 4 passes" in result.stderr
+    assert "about" in result.stderr
+    assert result.stdout == ""
+    assert names(tmp_path) == before
+
+
+def test_a_folder_keeps_its_tree_and_one_bad_file_does_not_stop_the_rest(ksr, tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for name in ("a.jpg", "deep/b.png", "deep/c.bmp"):
+        PIL.Image.fromarray(RGB).save(tmp_path / "in" / name)
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"no picture")
+    (tmp_path / "in" / "notes.txt").write_text("no picture either, and left alone")
+    result = ksr(tmp_path / "in", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert names(tmp_path / "out") == ["a.jpg", "deep/b.png", "deep/c.png"]
+    assert read(tmp_path / "out" / "deep" / "c.png").shape == (40, 56, 3)
+    assert "bad.jpg cannot be read as a picture" in result.stderr
+    assert "3 done, 0 skipped, 1 failed" in result.stderr
+    assert result.stdout.splitlines()[-1] == str(tmp_path / "out")
+
+
+def test_skip_existing_leaves_finished_pictures_alone(ksr, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in ("a.png", "b.png"):
+        PIL.Image.fromarray(RGB).save(tmp_path / "in" / name)
+    (tmp_path / "out" / "a.png").write_text("finished")
+    result = ksr(tmp_path / "in", "-o", tmp_path / "out", "--skip-existing")
+    assert result.exit_code == 0
+    assert (tmp_path / "out" / "a.png").read_text() == "finished"
+    assert "1 done, 1 skipped, 0 failed" in result.stderr
+
+
+def test_shards_split_a_folder_without_rest_or_overlap(ksr, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in "abcde":
+        PIL.Image.fromarray(RGB).save(tmp_path / "in" / f"{name}.png")
+    for part in range(2):
+        assert (
+            ksr(tmp_path / "in", "-o", tmp_path / f"out{part}", "--shard", f"{part}/2").exit_code
+            == 0
+        )
+    assert names(tmp_path / "out0") == ["a.png", "c.png", "e.png"]
+    assert names(tmp_path / "out1") == ["b.png", "d.png"]
+
+
+def test_compare_writes_one_page_with_everything_in_it(ksr, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.jpg"):
+        PIL.Image.fromarray(RGB).save(tmp_path / "in" / name)
+    result = ksr(tmp_path / "in", "-o", tmp_path / "out", "--compare")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 4
+    assert "http" not in page
+    assert "56 × 40" in page
+    assert str(tmp_path / "out" / "report.html") in result.stdout
+
+
+def test_same_seed_same_file_and_another_seed_another(ksr, photo, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        ksr(photo, "-o", tmp_path / f"{name}.png", "--seed", seed)
+    assert np.array_equal(read(tmp_path / "a.png"), read(tmp_path / "b.png"))
+    assert not np.array_equal(read(tmp_path / "a.png"), read(tmp_path / "c.png"))
+
+
+@pytest.mark.parametrize(
+    "name", ["truncated.jpg", "truncated.png", "text.png", "zero.png", "bomb.png"]
+)
+def test_a_broken_file_is_one_line_and_leaves_nothing(ksr, tmp_path, name):
+    (tmp_path / name).write_bytes(broken_files(tmp_path)[name])
+    result = ksr(tmp_path / name, "-o", tmp_path / "out" / "big.png")
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
+    assert name in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--scale", "0.5"), "scale=0.5 is no enlargement"),
+        (("--refine-steps", "1"), "needs a refiner, movq and context"),
+        (("--bits", "12"), "--bits 12 is not one of 8, 16"),
+        (("--format", "xcf"), "--format xcf is not one of png, jpg"),
+        (("--format", "jpg"), "big.png and --format jpg disagree"),
+        (("--shard", "3/3"), "--shard 3/3 is not i/n"),
+        (("--device", "cuda:77"), "--device cuda:77 is not usable here"),
+        (("--tile", "1"), "tile=1 is not a multiple of 2"),
+        (("--overlap", "900"), "overlap=900 is outside"),
+    ],
+)
+def test_a_wrong_option_is_one_line_with_its_value(ksr, photo, tmp_path, arguments, message):
+    result = ksr(photo, "-o", tmp_path / "out" / "big.png", *arguments)
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_pictures_is_an_error(ksr, tmp_path):
+    (tmp_path / "in").mkdir()
+    result = ksr(tmp_path / "in", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "in has no pictures in it" in result.stderr
+
+
+def test_a_source_that_is_not_there_and_a_model_that_is_none(ksr, photo, tmp_path):
+    assert "No such file" in ksr(tmp_path / "nothing.png", "-o", tmp_path / "big.png").stderr
+    command = ["upscale", str(photo), "-o", str(tmp_path / "b.png"), "--model", str(tmp_path)]
+    assert "is no model folder" in CliRunner().invoke(app, command).stderr
+
+
+def test_a_picture_is_not_overwritten_by_its_enlargement(ksr, photo):
+    result = ksr(photo, "-o", photo)
+    assert result.exit_code == 1
+    assert "would be overwritten" in result.stderr
+
+
+def test_a_target_that_cannot_be_written_is_one_line(ksr, photo, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = ksr(photo, "-o", tmp_path / "file" / "big.png")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_full_disk_is_refused_with_numbers_before_the_work(ksr, photo, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    result = ksr(photo, "-o", tmp_path / "out" / "big.png")
+    assert result.exit_code == 1
+    assert "has 1 KB free, but the job needs up to" in result.stderr
+    assert names(tmp_path) == ["photo.png"]
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("mount"), reason="needs root to mount a small disk"
+)
+def test_a_disk_that_fills_up_leaves_no_half_file(ksr, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        noisy = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)
+        PIL.Image.fromarray(noisy).save(tmp_path / "photo.png")
+        monkeypatch.setattr(upscale, "check_disk", lambda folder, needed: None)
+        result = ksr(tmp_path / "photo.png", "-o", disk / "big.png")
+        assert result.exit_code == 1
+        assert len([x for x in result.stderr.splitlines() if x.startswith("error: ")]) == 1
+        assert names(disk) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_model_folder_of_wrong_shapes_is_one_line(photo, tmp_path, model_folder):
+    shutil.copytree(model_folder, tmp_path / "model")
+    config = tmp_path / "model" / "sr" / "config.json"
+    changed = json.loads(config.read_text()) | {"base_channels": 16}
+    config.write_text(json.dumps(changed))
+    command = ["upscale", str(photo), "-o", str(tmp_path / "b.png"), "--model",
+               str(tmp_path / "model"), "--device", "cpu"]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_streamed_and_in_memory_are_the_same_file(ksr, photo, tmp_path, monkeypatch, suffix):
+    options = ("--scale", 6, "--tile", 64)
+    ksr(photo, "-o", tmp_path / f"memory.{suffix}", *options)
+    monkeypatch.setattr(estimate, "STREAM_ABOVE_PX", 0)
+    ksr(photo, "-o", tmp_path / f"streamed.{suffix}", *options)
+    first, second = (tmp_path / f"{name}.{suffix}" for name in ("memory", "streamed"))
+    assert first.read_bytes() == second.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+WORKER = """
+import sys, time
+from ksr_distill.cli import app
+from ksr_distill.inference import estimate, workspace
+estimate.STREAM_ABOVE_PX = 0
+write = workspace.TileFile.write
+def slow_write(self, index, pixels):
+    write(self, index, pixels)
+    print("tile", flush=True)
+    time.sleep(0.05)
+workspace.TileFile.write = slow_write
+app(sys.argv[1:])
+"""
+EIGHTFOLD = ("--scale", "8", "--tile", "64", "--device", "cpu")
+
+
+def start_worker(model_folder, photo, out, *arguments):
+    command = [sys.executable, "-c", WORKER, "upscale", str(photo), "-o", str(out), "--model",
+               str(model_folder), *EIGHTFOLD, *arguments]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture
+def counted_writes(monkeypatch):
+    """Stream everything, and list the tiles that this process makes."""
+    monkeypatch.setattr(estimate, "STREAM_ABOVE_PX", 0)
+    made = []
+    write = workspace.TileFile.write
+
+    def counted(self, index, pixels):
+        made.append(index)
+        write(self, index, pixels)
+
+    monkeypatch.setattr(workspace.TileFile, "write", counted)
+    return made
+
+
+def test_a_killed_job_goes_on_where_it_was_to_the_same_file(
+    ksr, model_folder, photo, tmp_path, counted_writes
+):
+    assert ksr(photo, "-o", tmp_path / "whole.png", *EIGHTFOLD).exit_code == 0
+    num_tiles = len(counted_writes)
+    counted_writes.clear()
+    process = start_worker(model_folder, photo, tmp_path / "big.png")
+    for _ in range(num_tiles // 2):
+        assert process.stdout.readline() == "tile\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "big.png").exists()
+    (journal,) = (tmp_path / ".big.png.ksr-work").glob("pass0*.journal")
+    with journal.open("ab") as torn:
+        torn.write(b"1")  # as if the kill had come in the middle of a line
+
+    result = ksr(photo, "-o", tmp_path / "big.png", *EIGHTFOLD)
+
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "big.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+    assert 0 < len(counted_writes) <= num_tiles - num_tiles // 2
+    assert names(tmp_path) == ["big.png", "photo.png", "whole.png"]
+
+
+def test_processes_that_share_a_picture_make_the_same_file(
+    ksr, model_folder, photo, tmp_path, counted_writes
+):
+    assert ksr(photo, "-o", tmp_path / "whole.png", *EIGHTFOLD).exit_code == 0
+    num_tiles = len(counted_writes)
+    counted_writes.clear()
+    other = start_worker(model_folder, photo, tmp_path / "big.png", "--shard", "1/2")
+    result = ksr(photo, "-o", tmp_path / "big.png", *EIGHTFOLD, "--shard", "0/2")
+    stdout, stderr = other.communicate(timeout=100)
+    assert (result.exit_code, other.returncode) == (0, 0), (result.stderr, stderr)
+    assert (tmp_path / "big.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+    assert len(counted_writes) > 0
+    assert stdout.count("tile\n") == num_tiles - len(counted_writes) > 0
+
+
+def test_tiles_of_another_job_are_not_mixed_in(ksr, photo, tmp_path, counted_writes, monkeypatch):
+    monkeypatch.setattr(upscale, "write_picture", lambda *args, **kwargs: 1 / 0)
+    made = []
+    for seed in (1, 1, 2):
+        counted_writes.clear()
+        result = ksr(photo, "-o", tmp_path / "big.png", *EIGHTFOLD, "--seed", seed)
+        assert isinstance(result.exception, ZeroDivisionError)
+        made.append(len(counted_writes))
+    assert made == [made[0], 0, made[0]]
+
+
+def test_a_tile_that_was_lost_on_disk_is_made_again(
+    ksr, photo, tmp_path, counted_writes, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(upscale, "write_picture", lambda *args, **kwargs: 1 / 0)
+        ksr(photo, "-o", tmp_path / "big.png", *EIGHTFOLD)
+    tiles = next((tmp_path / ".big.png.ksr-work").glob("pass2*.tiles"))
+    with tiles.open("r+b") as file:
+        file.seek(1000)
+        file.write(b"\xff\xff\xff\xff")
+    counted_writes.clear()
+    assert ksr(photo, "-o", tmp_path / "big.png", *EIGHTFOLD).exit_code == 0
+    assert counted_writes == [0]
