@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from ksr_distill.config import (
     check_overrides,
@@ -29,6 +30,7 @@ from ksr_distill.training.checkpoint_folder import last_good_checkpoint, update_
 from ksr_distill.training.launching import process_plugins, refuse_launcher_in_sweep
 from ksr_distill.training.strategy import PerNetworkDDP
 
+USER_ERRORS = (ValueError, OSError, OmegaConfBaseException)
 CONF = Path(__file__).resolve().parent / "conf"
 
 
@@ -70,7 +72,7 @@ def main(cfg: DictConfig) -> None:
         train(OmegaConf.to_container(cfg, resolve=True), is_sweep=is_sweep)  # type: ignore[arg-type]
     except Exception as error:
         # In a sweep Hydra notes a failed run and goes on to the next; leaving would end them all.
-        if is_sweep or not isinstance(root_cause(error), ValueError | OSError):
+        if is_sweep or not isinstance(root_cause(error), USER_ERRORS):
             raise
         sys.exit(f"error: {one_line(root_cause(error))}")
 

@@ -155,6 +155,8 @@ EXTENSIBLE = ("experiment", "sweep", "launcher", "trainer", "callbacks", "logger
 def explain(error: BaseException, known: Mapping[str, Any]) -> str:
     """Return Hydra's message in one line, with the key that was probably meant."""
     text = " ".join(one_line(part) for part in (error, error.__cause__) if part is not None)
+    if "no viable alternative" in text or "mismatched input" in text:
+        return f"{text}; quote values with braces, commas or spaces twice: 'key=\"a{{0..9}}\"'"
     missing = re.search(r"full_key: (\S+)", text)
     if missing is None:
         return text

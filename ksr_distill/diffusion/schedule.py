@@ -1,7 +1,6 @@
 """The noise schedules of the released models."""
 
 import math
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -31,9 +30,7 @@ class NoiseSchedule:
         kind: ``linear`` for the super-resolution U-Nets, ``cosine`` for the latent refiner.
     """
 
-    def __init__(
-        self, kind: Literal["linear", "cosine"] = "linear", *, num_train_timesteps: int = 1000
-    ) -> None:
+    def __init__(self, kind: str = "linear", *, num_train_timesteps: int = 1000) -> None:
         if kind not in ("linear", "cosine"):
             raise ValueError(f"diffusion.kind={kind!r} is no noise schedule; use linear or cosine")
         betas = {"linear": linear_betas, "cosine": cosine_betas}[kind](num_train_timesteps)

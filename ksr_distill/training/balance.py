@@ -59,16 +59,17 @@ class GradientBalance(nn.Module):
             dist.all_reduce(measured)
             measured /= dist.get_world_size()
         # A non-finite gradient skips its update; it must not stay in the norms for ever either.
-        kept = torch.where(measured.isfinite(), measured, self._unbiased())
+        kept = torch.where(measured.isfinite().all(), measured, self.norms().square())
         self.mean_squares.lerp_(kept, 1 - NORM_MEMORY)
         self.num_turns += 1
-        norms = self._unbiased().sqrt()
+        norms = self.norms()
         return {f"health/push_{name}": norms[i] for i, name in enumerate(self.weights)}
 
-    def _unbiased(self) -> Float[Tensor, " terms"]:
+    def norms(self) -> Float[Tensor, " terms"]:
+        """Return each term's running norm per image, freed of its start at 0; 0 before any turn."""
         seen = 1 - NORM_MEMORY**self.num_turns
-        return torch.where(self.num_turns > 0, self.mean_squares / seen, self.mean_squares)
+        return (self.mean_squares / seen.clamp_min(1e-12)).sqrt()
 
     def _scale(self, index: int, numel: int) -> Float[Tensor, ""]:
-        norm = self._unbiased()[index].sqrt()
+        norm = self.norms()[index]
         return torch.where(self.num_turns > 0, 1 / (norm * numel**0.5 + 1e-12), 0.0)

@@ -20,9 +20,8 @@ def check_types(settings: object, prefix: str) -> None:
         value = getattr(settings, field.name)
         kinds = allowed.get(field.type)
         if kinds is None:
-            require(
-                not isinstance(value, str), f"{prefix}.{field.name}", value, "a list of numbers"
-            )
+            is_list = isinstance(value, Sequence) and not isinstance(value, str)
+            require(is_list, f"{prefix}.{field.name}", value, "a list of numbers")
             continue
         fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
         names = " or ".join(kind.__name__ for kind in kinds)
@@ -47,10 +46,10 @@ class PlayerOptim:
     clip_norm: float
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        require(
-            0 < self.learning_rate < 1, "optim.*.learning_rate", self.learning_rate, "0 < x < 1"
-        )
+        """Check types and ranges."""
+        check_types(self, "optim.*")
+        rate = self.learning_rate
+        require(0 < rate < 1, "optim.*.learning_rate", rate, "a number between 0 and 1")
         good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(good, "optim.*.betas", list(self.betas), "two numbers in [0, 1)")
         require(self.weight_decay >= 0, "optim.*.weight_decay", self.weight_decay, "≥ 0")

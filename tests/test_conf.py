@@ -1,0 +1,152 @@
+"""Every experiment composes and passes the checks; every mistake is one line before any model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from PIL import Image
+
+from ksr_distill.config import check_overrides, check_train_config
+from ksr_distill.data.packing import pack_folder
+from ksr_distill.data.sources import PackOptions
+from ksr_distill.models import KSRUNet
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+GROUPS = {"model", "critic", "degradation", "loss", "trainer", "logger"}
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    unet = KSRUNet(8, channel_multipliers=(1, 2, 2), num_blocks=(1, 1, 1), num_groups=4)
+    unet.save_pretrained(folder / "sr")
+    return folder
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", ["run_dir=outputs/test", "data.shards=none.tar", *overrides])
+    return OmegaConf.to_container(config, resolve=True)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_passes_the_checks(experiment, teacher):
+    config = composed(f"+experiment={experiment}", f"teacher={teacher}")
+    check_train_config(config)
+    assert config["name"].startswith(("ksr_", "quickstart/"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_is_a_short_delta(experiment):
+    lines = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    assert len(lines) <= 50
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [
+        (path.parent.name, path.stem)
+        for path in sorted(CONF.glob("*/*.yaml"))
+        if path.parent.name in GROUPS and path.stem != "denoising"  # that is a teacher's
+    ],
+)
+def test_every_option_of_every_group_composes(group, option, teacher):
+    check_train_config(composed("+experiment=ksr_flash", f"teacher={teacher}", f"{group}={option}"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.crop_px=250"], "data.crop_px=250 is not a multiple of 4"),
+        (["num_updates=0"], "num_updates=0 is not allowed; use a whole number"),
+        (["num_updates=1e3"], "num_updates=1000.0 is not allowed"),
+        (["teacher=nowhere"], "teacher=nowhere does not exist; give a folder"),
+        (["teacher=null"], "teacher=null: a distillation needs a teacher"),
+        (["callbacks.health._target_=os.system"], "callbacks.health._target_=os.system"),
+        (["data._target_=torch.load"], "may not be instantiated"),
+    ],
+)
+def test_what_groups_cannot_know_is_refused_by_key(overrides, message, teacher):
+    with pytest.raises(ValueError, match=" ") as error:
+        check_train_config(composed("+experiment=ksr_flash", f"teacher={teacher}", *overrides))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.student.learning_rat=1e-4", "did you mean optim.student.learning_rate?"),
+        ("sead=1", "sead is no key of the config; did you mean seed?"),
+        ("+optim.student.lrr=1", "a plus adds a key that nobody reads"),
+        ("+experiment=ksr_flsh", "ksr_flsh"),
+        ("degradation=bicubik", "bicubik"),
+        ("loss.game.critic_warmup=3", "loss.game.critic_warmup_updates"),
+        ("data.shards={a", "quote values with braces"),
+    ],
+)
+def test_typos_are_answered_in_one_line_with_the_nearest_key(override, message):
+    arguments = ["+experiment=ksr_flash", "teacher=x", override]
+    if override.startswith("+experiment"):
+        arguments = arguments[1:]
+    with pytest.raises(ValueError, match=" ") as error:
+        check_overrides("train", arguments, CONF)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_sweeps_pass_the_check_of_overrides():
+    arguments = ["-m", "+experiment=ksr_flash", "diffusion.num_inference_steps=1,2"]
+    check_overrides("train", arguments, CONF)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.shards=/none/*.tar"], "data.shards='/none/*.tar' matches nothing"),
+        (["loss=denoising"], "not found full_key: module."),
+        (["loss.critic.penalty=r2"], "loss.critic.penalty='r2' is not allowed"),
+        (["optim.student.learning_rate=1e-4x"], "optim.*.learning_rate='1e-4x' is not allowed"),
+    ],
+)
+def test_train_ends_with_one_line_and_no_traceback(arguments, message, teacher, shards, tmp_path):
+    command = [
+        sys.executable, str(ROOT / "train.py"), "+experiment=quickstart_flash", "name=none",
+        f"teacher={teacher}", f"data.shards={shards}", "data.crop_px=32", *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False,
+                         env=environment)  # fmt: skip
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last
+    assert "Traceback" not in run.stderr
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    values = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    Image.fromarray(values).save(folder / "0.png")
+    options = PackOptions(0.0, (), 1, 0.0, None, 3)
+    pack_folder(folder, folder / "shards", options, num_workers=0, on_progress=lambda *_: None)
+    return folder / "shards" / "train-*.tar"
+
+
+def test_stride_comes_from_the_teacher_not_from_the_model_group(teacher, tmp_path):
+    config = json.loads((teacher / "sr" / "config.json").read_text())
+    config["channel_multipliers"] = [1, 1, 1, 1, 1]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="multiple of 16"):
+        check_train_config(
+            composed("+experiment=ksr_flash", f"teacher={tmp_path}", "data.crop_px=264")
+        )

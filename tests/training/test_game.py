@@ -1,0 +1,234 @@
+"""Who moves when, what they see, and that every draw is a function of (seed, update)."""
+
+import pytest
+import torch
+
+from ksr_distill.training.settings import CriticTerms, StudentTerms
+from tests.training.conftest import adamw, batch, game
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()} | {
+        f"trunk.{name}": value.clone() for name, value in module.critic.trunk.state_dict().items()
+    }
+
+
+def moved(before, after, prefix):
+    return any(not torch.equal(before[k], after[k]) for k in before if k.startswith(prefix))
+
+
+def test_critics_turn_moves_the_heads_and_nothing_else(make_module):
+    module = make_module()
+    rounds = module.deal(batch())
+    before = weights(module)
+    module.critic_turn(rounds, [module.play(r, with_gradient=False) for r in rounds])
+    after = weights(module)
+    assert moved(before, after, "critic.heads.")
+    assert not moved(before, after, "student.")
+    assert not moved(before, after, "student_ema.")
+    assert not moved(before, after, "trunk.")
+
+
+def test_students_turn_moves_student_and_average_and_nothing_else(make_module):
+    module = make_module()
+    module.training_step(batch(), 0)  # takes the terms' measure
+    rounds = module.deal(batch())
+    before = weights(module)
+    module.student_turn(rounds, None)
+    after = weights(module)
+    assert moved(before, after, "student.")
+    assert moved(before, after, "student_ema.")
+    assert not moved(before, after, "critic.heads.")
+    assert not moved(before, after, "trunk.")
+    assert all(p.grad is None for p in module.critic.trunk.parameters())
+
+
+def test_students_gradient_never_reaches_the_heads(make_module):
+    module = make_module()
+    module.student_turn(module.deal(batch()), None)
+    assert all(p.grad is None for p in module.critic.heads.parameters())
+
+
+def test_student_waits_for_the_critics_warmup_and_its_share_of_turns(make_module):
+    module = make_module(game=game(critic_warmup_updates=2, critic_updates_per_student=3))
+    turns = []
+    for update in range(8):
+        before = module.student_updates
+        module.training_step(batch(update), update)
+        turns.append(module.student_updates - before)
+    assert turns == [0, 0, 0, 0, 1, 0, 0, 1]
+    assert module.critic_updates == 8
+
+
+def test_first_student_turn_only_takes_the_measure(make_module):
+    module = make_module()
+    before = weights(module)
+    module.training_step(batch(), 0)
+    assert not moved(before, weights(module), "student.")
+    module.training_step(batch(1), 1)
+    assert moved(before, weights(module), "student.")
+
+
+def test_sharing_the_graph_between_the_turns_changes_no_weight(make_module):
+    shared, apart = make_module(), make_module()
+    for update in range(3):
+        shared.training_step(batch(update), update)
+        rounds = apart.deal(batch(update))
+        values = apart.critic_turn(rounds, [apart.play(r, with_gradient=False) for r in rounds])
+        apart.end_update(values | apart.student_turn(rounds, None))
+    ours, theirs = shared.state_dict(), apart.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(make_module, monkeypatch):
+    whole, parts = make_module(), make_module()
+    parts.micro_batches_per_update = 2
+    gradients = {}
+    for update in range(3):
+        # The same draws for both: the parts' rounds, side by side.
+        rounds = parts.deal(batch(update))
+        for module, dealt in ((whole, [join(rounds)]), (parts, rounds)):
+            steps = gradients_at_steps(module, monkeypatch)
+            plays = [module.play(r, with_gradient=False) for r in dealt]
+            module.end_update(module.critic_turn(dealt, plays) | module.student_turn(dealt, None))
+            gradients[module] = steps
+        for name in ("critic", "student"):
+            ours, theirs = gradients[whole][name], gradients[parts][name]
+            assert (ours - theirs).abs().max() < 1e-6 * max(1, ours.abs().max()), name
+            assert update == 0 or ours.abs().max() > 0
+        parts.load_state_dict(whole.state_dict())  # the optimisers amplify rounding
+
+
+def gradients_at_steps(module, monkeypatch):
+    """Record each network's gradient when its optimiser steps."""
+    seen, step = {}, type(module).step
+
+    def recording(name):
+        network = module.trainable_networks()[name]
+        seen[name] = torch.cat([p.grad.flatten().clone() for p in network.parameters()])
+        return step(module, name)
+
+    monkeypatch.setattr(module, "step", recording)
+    return seen
+
+
+def join(rounds):
+    first = rounds[0]
+    tensors = {
+        name: torch.cat([getattr(r, name) for r in rounds])
+        for name in ("x_0", "lowres", "x_t", "t", "critic_eps", "critic_t")
+    }
+    return type(first)(**tensors, k=first.k, generator=first.generator)
+
+
+def test_draws_are_functions_of_seed_and_update_alone(make_module):
+    first, second = make_module(), make_module()
+    for update in range(3):
+        first.training_step(batch(update), update)
+    torch.rand(7)  # whatever the global generator did in between
+    second.update, second.network_updates = 3, dict(first.network_updates)
+    a, b = first.deal(batch(9))[0], second.deal(batch(9))[0]
+    assert a.k == b.k
+    assert torch.equal(a.critic_eps, b.critic_eps)
+    assert torch.equal(a.critic_t, b.critic_t)
+    second.update = 4
+    assert not torch.equal(a.critic_eps, second.deal(batch(9))[0].critic_eps)
+
+
+def test_first_timestep_is_pure_noise_and_later_ones_keep_the_picture(make_module):
+    module = make_module(game=game(backward_simulation_prob=0.0))
+    seen = {}
+    for update in range(40):
+        module.update = update
+        (r,) = module.deal(batch())
+        flat = torch.stack([r.x_t.flatten(), r.x_0.flatten()])
+        seen[r.k] = torch.corrcoef(flat)[0, 1].item()
+    assert set(seen) == {0, 1, 2, 3}
+    assert abs(seen[0]) < 0.1
+    assert seen[3] > 0.4
+
+
+def test_backward_simulation_starts_from_the_students_own_estimate(make_module):
+    module = make_module()
+    micro_batch = next(module.micro_batches(batch()))[0]
+    real, own = (
+        module.deal_round(micro_batch, torch.Generator().manual_seed(5), k=3, simulates=simulates)
+        for simulates in (False, True)
+    )
+    assert not torch.equal(real.x_t, own.x_t)
+    assert not own.x_t.requires_grad
+
+
+def test_early_updates_draw_the_later_timesteps_only(make_module):
+    module = make_module(game=game(late_timesteps_updates=1000))
+    drawn = set()
+    for module.update in range(30):
+        drawn.add(module.deal(batch())[0].k)
+    assert drawn == {2, 3}
+
+
+def test_critic_looks_at_real_and_fake_with_the_same_noise(make_module):
+    module = make_module()
+    (r,) = module.deal(batch())
+    same = module.look(r.x_0, r)
+    again = module.look(r.x_0.clone(), r)
+    assert all(torch.equal(a, b) for a, b in zip(same, again, strict=True))
+    assert r.critic_t.min() >= 11
+    assert r.critic_t.max() <= 456
+
+
+@pytest.mark.parametrize("penalty", ["r1_head", "wgan_gp_head", "ar1", "none"])
+def test_every_penalty_plays(make_module, penalty):
+    terms = CriticTerms(penalty=penalty, penalty_weight=1.0, ar1_sigma=0.01, drift_weight=0.0)
+    module = make_module(critic_terms=terms)
+    before = weights(module)
+    module.training_step(batch(), 0)
+    assert moved(before, weights(module), "critic.heads.")
+    value = module.last_values["train/gradient_penalty"].item()
+    assert (value == 0) == (penalty == "none")
+
+
+def test_the_faithful_preset_is_adversarial_alone(make_module):
+    terms = StudentTerms(adversarial=1.0, l1=0.0, feature_matching=0.0, lowres_consistency=0.0,
+                         balance=False)  # fmt: skip
+    module = make_module(student_terms=terms)
+    before = weights(module)
+    module.training_step(batch(), 0)
+    assert moved(before, weights(module), "student.")
+    assert "train/l1" not in module.last_values
+
+
+def test_a_batch_of_nans_moves_nobody_and_is_counted(make_module):
+    module = make_module()
+    for update in range(2):
+        module.training_step(batch(update), update)
+    before = weights(module)
+    norms = module.balance.norms()
+    steps = [[s["step"].item() for s in o.optimizer.state.values()] for o in module.optimizers()]
+    bad = batch(2)
+    bad.hires[0, 0, 0, 0] = float("nan")
+    module.training_step(bad, 2)
+    after = weights(module)
+    assert not moved(before, after, "student")
+    assert not moved(before, after, "critic")
+    assert torch.allclose(norms, module.balance.norms(), rtol=1e-5)
+    assert steps == [
+        [s["step"].item() for s in o.optimizer.state.values()] for o in module.optimizers()
+    ]
+    assert module.skipped_updates.tolist() == [1, 1]
+    module.training_step(batch(3), 3)
+    assert module.skipped_in_a_row.tolist() == [0, 0]
+    assert all(torch.isfinite(v).all() for v in module.state_dict().values())
+
+
+def test_critic_learns_to_tell_noise_from_pictures(make_module):
+    module = make_module(
+        game=game(critic_warmup_updates=1000, critic_timesteps=(11, 50)),
+        critic_optim=adamw(learning_rate=1e-2),
+    )
+    gaps = []
+    for update in range(80):
+        module.training_step(batch(update, size=8), update)
+        gaps.append(module.last_values["train/wasserstein_gap"].item())
+    assert abs(gaps[0]) < 0.05
+    assert sum(gaps[-5:]) / 5 > 0.15
