@@ -48,12 +48,14 @@ function equip(card) {
     stage.style.setProperty("--y", view.y);
     stage.classList.toggle("zoomed", view.zoom > 1);
     stage.classList.toggle("pixels", view.zoom >= 2);
+    const isError = error !== null && error.checked && right.value !== "original";
     for (const image of stage.querySelectorAll("img")) {
-      const showsError = error !== null && error.checked && image.dataset.error === right.value;
-      const hidden = error !== null && error.checked && right.value !== "original";
+      const name = isError ? image.dataset.error : image.dataset.name;
       image.classList.toggle("left", image.dataset.name === left.value);
-      image.classList.toggle("right", showsError || (!hidden && image.dataset.name === right.value));
+      image.classList.toggle("right", name === right.value);
     }
+    stage.querySelector(".on-left").textContent = left.value;
+    stage.querySelector(".on-right").textContent = isError ? `error of ${right.value}` : right.value;
     for (const button of card.querySelectorAll("[data-zoom]")) {
       button.setAttribute("aria-pressed", String(Number(button.dataset.zoom) === view.zoom));
     }
