@@ -1,7 +1,6 @@
 """The real train.py on a tiny network and noise for photos, as a command line."""
 
 import hashlib
-import itertools
 import json
 import os
 import signal
@@ -101,6 +100,7 @@ def run_train(
     changes: tuple[str, ...] = (),
     die: tuple[int, str] | None = None,
     num_updates: int = 6,
+    attempt: int = 0,
 ) -> None:
     """Train as `python train.py` does, in a process that has imported it; or die on the way.
 
@@ -108,12 +108,13 @@ def run_train(
 
     Args:
         files: Where shards and teacher lie.
+        attempt: Counts the restarts; a later attempt's reading of an update is the one that counts.
         die: After how many updates, and where ("turn": between the players', "save": while saving).
     """
     import train  # noqa: PLC0415, the script: pytest's own process need not import it
 
     rank = os.environ["RANK"]
-    note_what_is_consumed(folder / f"consumed.{rank}.jsonl")
+    note_what_is_consumed(folder / f"consumed.{attempt:03d}.{rank}.jsonl")
     if die is not None:
         die_in_the_middle(*die)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
@@ -184,12 +185,11 @@ def digest_of_run(folder: Path) -> str:
 
 def consumed(folder: Path) -> dict[int, list[int]]:
     """Return the positions that each update saw in the attempt that counts: its last."""
-    attempts: dict[int, dict[str, list[int]]] = {}
-    for path in folder.glob("consumed.*.jsonl"):
+    counted: dict[int, tuple[str, list[int]]] = {}
+    for path in sorted(folder.glob("consumed.*.jsonl")):
+        attempt = path.name.split(".")[1]
         for line in path.read_text().splitlines():
             update, positions = json.loads(line)
-            attempts.setdefault(update, {})[path.name] = positions
-    return {
-        update: sorted(itertools.chain(*ranks.values()))
-        for update, ranks in sorted(attempts.items())
-    }
+            earlier, seen = counted.get(update, (attempt, []))
+            counted[update] = (attempt, positions + (seen if earlier == attempt else []))
+    return {update: sorted(positions) for update, (_, positions) in counted.items()}
