@@ -83,7 +83,9 @@ def check_hydra(config, overrides):
 def test_a_command_that_readers_are_told_to_type_exists_and_parses(words):
     for start, config in LAUNCHERS.items():
         if words[: len(start)] == start:
-            assert all((ROOT / word).is_file() for word in start if word.endswith((".py", ".sbatch")))
+            assert all(
+                (ROOT / word).is_file() for word in start if word.endswith((".py", ".sbatch"))
+            )
             return check_hydra(config, words[len(start) :])
     checks = {"make": check_make, "pip": check_pip, "ksr": check_ksr}
     return checks[words[0]](words)

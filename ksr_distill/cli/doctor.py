@@ -113,7 +113,7 @@ def examine_libvips() -> Finding:
     finding = examine_package("pyvips", "pyvips", extra=None)
     if finding.is_broken:
         return finding
-    import pyvips  # noqa: PLC0415
+    import pyvips
 
     major, minor, micro = (pyvips.version(part) for part in range(3))
     loaders = {"HEIC/AVIF": "heifload", "JPEG XL": "jxlload", "TIFF": "tiffload"}
@@ -129,7 +129,7 @@ def examine_libvips() -> Finding:
 def examine_gpus() -> Iterator[Finding]:
     """Yield each GPU that torch sees, or why it sees none."""
     try:
-        import torch  # noqa: PLC0415
+        import torch
     except Exception:  # noqa: BLE001 -- reported with the packages
         return
     if not torch.cuda.is_available():
