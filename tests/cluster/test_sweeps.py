@@ -1,0 +1,86 @@
+"""A sweep: one folder a run, a failed run stops no other, and a table tells what became of each."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from real_run import command, environment, overrides
+
+from ksr_distill.training.launching import process_plugins, refuse_launcher_in_sweep
+from ksr_distill.training.sweeps import RUN_FOLDER, point_overrides, sweep_points
+
+
+def test_an_array_sees_the_points_of_a_sweep() -> None:
+    assert sweep_points("student_timesteps") == [
+        [f"diffusion.num_inference_steps={n}"] for n in (1, 2, 4, 8)
+    ]
+    assert len(sweep_points("critic")) == 9
+    told = point_overrides(2, ["+experiment=ksr_flash", "+sweep=student_timesteps"])
+    assert told == ["hydra.mode=RUN", RUN_FOLDER, "diffusion.num_inference_steps=4"]
+
+
+def test_a_point_or_a_sweep_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ValueError, match="--array=0-3"):
+        point_overrides(4, ["+sweep=student_timesteps"])
+    with pytest.raises(ValueError, match="use critic, student_timesteps"):
+        point_overrides(0, ["+sweep=student_timestep"])
+    with pytest.raises(ValueError, match=r"\+sweep=NAME"):
+        point_overrides(0, ["+experiment=ksr_flash"])
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "environment", "remedy"),
+    [
+        (8, {}, r"8 processes in a sweep.*\+launcher=slurm"),
+        (2, {"TORCHELASTIC_RUN_ID": "x"}, r"torchrun with a sweep.*slurm/sweep\.sbatch"),
+    ],
+)
+def test_a_launcher_that_would_start_the_sweep_again_is_refused(
+    num_processes: int, environment: dict[str, str], remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        refuse_launcher_in_sweep(
+            num_processes=num_processes, is_sweep=True, environment=environment
+        )
+
+
+def test_a_job_of_its_own_and_a_single_process_may_be_part_of_a_sweep() -> None:
+    for num_processes, here in ((8, {"SLURM_NTASKS": "8"}), (1, {})):
+        refuse_launcher_in_sweep(num_processes=num_processes, is_sweep=True, environment=here)
+    refuse_launcher_in_sweep(num_processes=8, is_sweep=False, environment={})
+
+
+def test_under_slurm_lightnings_own_requeue_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_JOB_NAME", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
+    [plugin] = process_plugins()
+    assert plugin.auto_requeue is False
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    assert process_plugins() == []
+
+
+def test_a_failed_run_stops_no_other_and_can_be_run_again_alone(
+    files: Path, tmp_path: Path
+) -> None:
+    sweep = [
+        *overrides(files, num_updates=2),
+        f"hydra.sweep.dir={tmp_path}/sweep",
+        "+sweep=student_timesteps",
+        "+launcher=local",
+    ]
+    fails = [*sweep, "hydra.sweeper.params={diffusion.num_inference_steps:'0,2'}"]
+    first = subprocess.run(
+        command(*fails),
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert first.returncode != 0
+    table = (tmp_path / "sweep" / "summary.md").read_text()
+    assert "| steps_0 | not finished | 0 of 2 |" in table, first.stderr
+    assert "| steps_2 | finished | 2 of 2 |" in table
+    assert "num_inference_steps" in table  # what the failed one needs
