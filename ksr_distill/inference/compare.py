@@ -43,10 +43,11 @@ def write_comparison(jobs: Sequence[Job], path: Path) -> None:
 def _cards(jobs: Sequence[Job], folder: Path) -> Iterator[dict[str, object]]:
     for job in jobs:
         source, result = (upright(path) for path in (job.source, job.target))
+        name = job.target.relative_to(folder).as_posix()
         is_reduced = max(result.width, result.height) > PREVIEW_PX
         yield {
-            "name": job.target.name,
-            "link": quote(job.target.relative_to(folder).as_posix()),
+            "name": name,
+            "link": quote(name),
             "width": result.width,
             "height": result.height,
             "before": _data_uri(source),
@@ -63,7 +64,7 @@ def _data_uri(image: pyvips.Image) -> str:
         PREVIEW_PX, height=PREVIEW_PX, size="down", output_profile="srgb"
     )
     if preview.hasalpha():
-        kind, data = "png", preview.pngsave_buffer(keep="none", bitdepth=8)
+        kind, data = "png", preview.pngsave_buffer(keep=0, bitdepth=8)
     else:
-        kind, data = "jpeg", preview.jpegsave_buffer(Q=90, keep="none")
+        kind, data = "jpeg", preview.jpegsave_buffer(Q=90, keep=0)
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -20,6 +20,9 @@ ACTIVATIONS_PER_PX = {"cpu": 10, "cuda": 16}
 """Peak memory of the U-Net's forward in units of (pixels · base channels): 5.6 to 10.5 in float32
 on a CPU, from 16 to 128 channels and 512² to 1024²; 13 at 2048² on an H200 (measured)."""
 
+PROGRAM_BYTES = 450_000_000
+"""Of torch and diffusers, imported (measured)."""
+
 STREAM_ABOVE_PX = 8_000_000
 """Outputs of more pixels keep their tiles on disk."""
 
@@ -110,9 +113,11 @@ def estimate_job(
         num_passes=len(passes),
         num_tiles=sum(len(plan) for plan in plans),
         tile_px=max(max(plan.rows.tile, plan.columns.tile) for plan in plans),
-        seconds=seconds_per_px
-        and sum(n * rate for n, rate in zip(pixels, seconds_per_px, strict=True)),
-        memory_bytes=(0 if streamed else stored)
+        seconds=None
+        if seconds_per_px is None
+        else sum(n * rate for n, rate in zip(pixels, seconds_per_px, strict=True)),
+        memory_bytes=PROGRAM_BYTES
+        + (0 if streamed else stored)
         + max(
             working_bytes(tile_pass, max(plan.rows.tile, plan.columns.tile), tiling.batch)
             for tile_pass, plan in zip(passes, plans, strict=True)

@@ -2,8 +2,10 @@
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -81,7 +83,7 @@ class Picture:
     alpha: VipsRaster | None
     is_grey: bool
     bits: int
-    metadata: dict[str, tuple[int, object]] = field(repr=False)
+    metadata: Mapping[str, tuple[int, Any]] = field(repr=False)
     resolution: tuple[float, float]
     notes: tuple[str, ...] = ()
 
@@ -162,9 +164,9 @@ def _check_size(path: Path, width: int, height: int, max_megapixels: float) -> N
 
 
 def _notes(image: pyvips.Image) -> tuple[str, ...]:
-    fields = image.get_fields()
-    if "n-pages" in fields and image.get("n-pages") > 1:
-        return (f"has {image.get('n-pages')} frames or pages; only the first is used",)
+    num_pages = image.get("n-pages") if "n-pages" in image.get_fields() else 1
+    if isinstance(num_pages, int) and num_pages > 1:
+        return (f"has {num_pages} frames or pages; only the first is used",)
     return ()
 
 
@@ -192,10 +194,7 @@ def _as_picture(path: Path, image: pyvips.Image, notes: tuple[str, ...]) -> Pict
     if image.bands in (2, 4):
         colour = image.extract_band(0, n=image.bands - 1)
         band = image.extract_band(image.bands - 1)
-        if band.min() < peak:
-            colour, alpha = bleed(colour, band, peak), VipsRaster(band, peak, channels=1)
-        else:
-            alpha = VipsRaster(band, peak, channels=1)
+        colour, alpha = bleed(colour, band, peak), VipsRaster(band, peak, channels=1)
     metadata = {
         name: (image.get_typeof(name), image.get(name))
         for name in image.get_fields()
@@ -219,6 +218,8 @@ def bleed(colour: pyvips.Image, alpha: pyvips.Image, peak: float) -> pyvips.Imag
     Files often hide black there; a network that looks across the edge would draw a dark fringe.
     The fill is the premultiplied colour, blurred, over the blurred alpha.
     """
+    if (alpha < 1).max() == 0:
+        return colour  # nothing is wholly transparent
     opacity = alpha / peak
     premultiplied = colour * opacity
     visible = opacity.avg()
@@ -229,6 +230,6 @@ def bleed(colour: pyvips.Image, alpha: pyvips.Image, peak: float) -> pyvips.Imag
     for sigma in BLEED_SIGMAS:
         near = opacity.gaussblur(sigma, precision="float")
         blurred = premultiplied.gaussblur(sigma, precision="float")
-        fill = (near > 1e-3).ifthenelse(blurred / near.maxpair(1e-6), fill)
+        fill = (near > 1e-3).ifthenelse(blurred / (near + 1e-6), fill)
     filled = (alpha > 0).ifthenelse(colour, fill.rint())
     return filled.cast(colour.format)

@@ -127,7 +127,8 @@ class KSRFlashPipeline(DiffusionPipeline):
         ]
         images = from_rasters(results, output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        # diffusers' annotation forgets that its own pipelines put tensors here, too.
+        return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
 
     def enlarge(
         self,
@@ -286,9 +287,8 @@ def draw_seeds(
     generator: torch.Generator | Sequence[torch.Generator] | None, count: int
 ) -> list[int]:
     """Return a seed for each picture; without a generator, from torch's global one."""
-    generators = [generator] * count
-    if isinstance(generator, Sequence):
-        generators = list(generator)
+    generators: list[torch.Generator | None]
+    generators = list(generator) if isinstance(generator, Sequence) else [generator] * count
     if len(generators) != count:
         raise ValueError(f"generator is a list of {len(generators)} for {count} pictures")
     return [

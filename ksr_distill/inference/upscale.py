@@ -166,4 +166,5 @@ class Upscaler:
             "tile_px": tiling.tile_px,
             "overlap_px": tiling.overlap_px,
         }
-        return Workspace.open(job.target, decisive, worker=self.shard.index)
+        index, count = self.shard
+        return Workspace.open(job.target, decisive, worker=index, num_workers=count)

@@ -128,17 +128,25 @@ class Workspace:
     worker: int = 0
 
     @classmethod
-    def open(cls, target: Path, job: dict[str, object], *, worker: int = 0) -> "Workspace":
+    def open(
+        cls, target: Path, job: dict[str, object], *, worker: int = 0, num_workers: int = 1
+    ) -> "Workspace":
         """Return the target's workspace: with its tiles if the job is the same, empty if not.
 
         Args:
             job: Everything that decides a pixel.
+
+        Raises:
+            ValueError: If processes that share the job find another's tiles; which of them should
+                remove these, and when, cannot be known here.
         """
         folder = target.with_name(f".{target.name}.ksr-work")
         manifest, wanted = folder / "job.json", json.dumps(job, indent=1, sort_keys=True)
         if manifest.exists() and manifest.read_text() != wanted:
-            logger.warning("%s is from another job (other settings, picture or model): begun anew",
-                           folder)  # fmt: skip
+            stranger = f"{folder} is from another job (other settings, picture or model)"
+            if num_workers > 1:
+                raise ValueError(f"{stranger}; remove it and start all processes again")
+            logger.warning("%s: begun anew", stranger)
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"job.{worker}.tmp"

@@ -1,0 +1,108 @@
+"""Peak memory of ``ksr upscale`` against the size of its output.
+
+Each scale runs in a process of its own. The table goes to stdout, the numbers to a JSON file:
+
+    python benchmarks/memory.py                               # a tiny model of random weights
+    python benchmarks/memory.py --model exports/ksr_flash --photo photo.png --scales 2 4 8 16
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pyvips
+import torch
+import torch.nn.functional as F
+
+from ksr_distill.inference import KSRFlashPipeline
+from ksr_distill.models import KSRUNet
+
+
+def make_model(folder: Path) -> Path:
+    """Write a student of random weights, small enough that a CPU makes 268 megapixels."""
+    torch.manual_seed(0)
+    unet = KSRUNet(
+        base_channels=4,
+        channel_multipliers=(1, 2),
+        num_blocks=(1, 1),
+        time_embedding_dim=16,
+        num_groups=2,
+        predict_residual=True,
+    )
+    KSRFlashPipeline(unet).save_pretrained(folder)
+    return folder
+
+
+def make_photo(path: Path, side: int) -> Path:
+    """Write smooth shapes with finer and finer detail."""
+    generator = torch.Generator().manual_seed(0)
+    octaves = [
+        F.interpolate(
+            torch.randn(1, 3, 2**k + 1, 2**k + 1, generator=generator), (side, side), mode="bicubic"
+        )
+        * 0.6**k
+        for k in range(1, 8)
+    ]
+    pixels = torch.stack(octaves).sum(0)[0]
+    pixels = ((pixels / pixels.abs().max() + 1) * 127.5).byte().permute(1, 2, 0)
+    pyvips.Image.new_from_array(pixels.numpy()).write_to_file(str(path))
+    return path
+
+
+def peak_of(command: list[str]) -> tuple[float, float]:
+    """Return a command's peak resident memory in MB, and its seconds."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}")
+    return usage.ru_maxrss / 1024, time.perf_counter() - start
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a model folder; by default a tiny one is made")
+    parser.add_argument("--photo", type=Path, help="by default one of 1024×1024 is made")
+    parser.add_argument("--side", type=int, default=1024, help="of the photo that is made")
+    parser.add_argument("--scales", type=float, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--format", default="tif")
+    parser.add_argument("--tile", default="1024")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", default="4")
+    parser.add_argument("--json", type=Path, default=Path("outputs/memory.json"))
+    options = parser.parse_args()
+
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = options.model or make_model(folder / "model")
+        photo = options.photo or make_photo(folder / "photo.png", options.side)
+        print("| scale | output | peak memory, MB | seconds |\n| --- | --- | --- | --- |")
+        for scale in options.scales:
+            out = folder / f"big{scale:g}.{options.format}"
+            peak, seconds = peak_of(
+                [sys.executable, "-c", "from ksr_distill.cli import main; main()", "upscale",
+                 str(photo), "-o", str(out), "--model", str(model), "--scale", str(scale),
+                 "--tile", options.tile, "--device", options.device, "--steps", options.steps]
+            )  # fmt: skip
+            image = pyvips.Image.new_from_file(str(out))
+            row = {"scale": scale, "width": image.width, "height": image.height,
+                   "peak_mb": round(peak), "seconds": round(seconds, 1)}  # fmt: skip
+            rows.append(row)
+            print(f"| ×{scale:g} | {image.width}×{image.height} | {peak:.0f} | {seconds:.0f} |",
+                  flush=True)  # fmt: skip
+            out.unlink()
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    print(options.json.resolve())
+
+
+if __name__ == "__main__":
+    main()
