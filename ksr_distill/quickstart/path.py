@@ -50,9 +50,9 @@ def train_and_enlarge() -> list[Command]:
     return [
         ("ksr", "shards", "pack", str(PHOTOS), str(SHARDS), "--val-match", "validation/*"),
         ("python", "train.py", "+experiment=quickstart_teacher", *data),
-        ("ksr", "export", str(TEACHER / BEST), str(TEACHER / "export")),
+        ("ksr", "export", str(TEACHER / BEST), str(TEACHER / "export"), "--overwrite"),
         ("python", "train.py", "+experiment=quickstart_flash", *data),
-        ("ksr", "export", str(STUDENT / BEST), str(STUDENT / "export")),
+        ("ksr", "export", str(STUDENT / BEST), str(STUDENT / "export"), "--overwrite"),
         *(upscale(scale) for scale in ENLARGED),
     ]
 
