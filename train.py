@@ -4,10 +4,13 @@ The same command resumes. The algorithm: `ksr_distill/training/distillation.py`,
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
+# "The time limit is near" ends a process that does not listen yet: held until PreemptionGuard does.
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
 os.environ.setdefault("WDS_SECURE", "1")  # before webdataset: no pipe: URLs, no pickles
 
 import hydra

@@ -63,6 +63,7 @@ class PreemptionGuard(Checkpoint):
         for number in numbers:
             previous = signal.signal(number, self._note)
             self._before.setdefault(number, previous)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # train.py holds them from its start on
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

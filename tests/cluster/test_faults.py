@@ -110,7 +110,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_the_updates_since_the_one_
 @pytest.mark.slow
 def test_a_killed_loader_worker_ends_the_run_with_a_message(files: Path, tmp_path: Path) -> None:
     run = Processes(
-        1, run_and_lose_a_worker, tmp_path, files=files, changes=("data.num_workers=2",)
+        1, run_and_lose_a_worker, tmp_path, files=files, changes=("data.num_workers=2", "data.worker_start_method=fork")
     )  # fmt: skip
     assert run.wait(60) == [1]
     assert "worker" in run.logs()
@@ -124,7 +124,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_says_so(
     small = tmp_path / "run" / "checkpoints"
     small.mkdir(parents=True)
     subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(small)], check=True
+        ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(small)], check=True
     )  # fmt: skip
     try:
         run = Processes(

@@ -58,6 +58,20 @@ def test_one_told_rank_is_enough(tmp_path: Path) -> None:
     assert running.wait() == [EXIT_PREEMPTED] * 2, running.logs()
 
 
+def train_told_before_it_listens(folder: Path) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))  # as train.py does
+    os.kill(os.getpid(), signal.SIGUSR1)
+    train_guarded(folder)
+
+
+def test_a_signal_that_comes_while_loading_is_answered_after_the_first_update(
+    tmp_path: Path,
+) -> None:
+    running = Processes(1, train_told_before_it_listens, tmp_path)
+    assert running.wait() == [EXIT_PREEMPTED], running.logs()
+    assert last_good_checkpoint(tmp_path / "run").stem == "update-000000001"
+
+
 def test_the_guard_gives_the_signals_back(tmp_path: Path) -> None:
     numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]

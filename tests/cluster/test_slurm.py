@@ -96,7 +96,7 @@ def test_the_wall_limit_is_met_with_a_save_and_a_requeue(
 ) -> None:
     """A limit of one minute, a signal 30 s before: the run needs several such slots."""
     job = train(
-        slurm, files, tmp_path, pace={"PACE_S": 5}, sbatch=("--time=1", "--signal=USR1@30")
+        slurm, files, tmp_path, pace={"PACE_S": 3}, sbatch=("--time=1", "--signal=USR1@30")
     )  # fmt: skip
     fields = slurm.wait(job, timeout=600)
     assert int(fields["Restarts"]) >= 1
@@ -114,9 +114,7 @@ def assert_summary_of_four(folder: Path, *, failed: str | None = None) -> None:
         [line] = [row for row in table.splitlines() if row.startswith(f"| steps_{steps} ")]
         expected = "not finished" if failed == f"steps_{steps}" else "finished | 4 of 4"
         assert expected in line, table
-        config = yaml.safe_load(
-            (folder / "sweep" / f"steps_{steps}" / ".hydra" / "config.yaml").read_text()
-        )
+        config = yaml.safe_load((folder / "sweep" / f"steps_{steps}" / "config.yaml").read_text())
         assert config["diffusion"]["num_inference_steps"] == steps
         assert config["group"] == "run/student_timesteps"
 
