@@ -17,9 +17,10 @@ def grid(side):
 
 
 def test_luma_is_that_of_matlab():
-    # MATLAB: rgb2ycbcr([0 0 0; 1 1 1; 1 0 0]) * 255 has Y = 16, 235, 81.481.
-    colours = torch.tensor([[-1.0, -1, -1], [1, 1, 1], [1, -1, -1]])[:, :, None, None]
-    expected = torch.tensor([16, 235, 81.481])
+    # MATLAB: rgb2ycbcr([0 0 0; 1 1 1; 1 0 0; 0 1 0; 0 0 1]) * 255, first column.
+    colours = torch.tensor([[0.0, 0, 0], [1, 1, 1], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    colours = colours[:, :, None, None] * 2 - 1
+    expected = torch.tensor([16, 235, 81.481, 144.553, 40.966])
     torch.testing.assert_close(metrics.luma(colours).flatten(), expected)
 
 
@@ -130,6 +131,13 @@ def test_white_noise_has_no_prominent_frequency():
     prominence = metrics.spectral_prominence(white)
     # Inside: exp(-gamma) · Γ(1 - 1/16)^16 = 1.05 for 16 independent exponential neighbours.
     assert prominence[0, 4:-4, 4:-4].mean().item() == pytest.approx(1.05, abs=0.07)
+
+
+def test_a_flat_tile_has_no_prominent_frequency():
+    flat = torch.full((1, 3, 64, 64), 0.3)
+    torch.testing.assert_close(
+        metrics.spectral_prominence(flat), torch.ones(1, 32, 32), atol=2e-3, rtol=0
+    )
 
 
 def test_too_small_images_are_refused_for_checkerboards():
