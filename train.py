@@ -2,6 +2,7 @@
 
 The same command resumes. The algorithm: `ksr_distill/training/distillation.py`, `training_step`.
 """
+# ruff: noqa: E402 - two things have to happen before the imports, which take seconds
 
 import os
 import signal
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 # "The time limit is near" ends a process that does not listen yet: held until PreemptionGuard does.
-signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
 os.environ.setdefault("WDS_SECURE", "1")  # before webdataset: no pipe: URLs, no pickles
 
 import hydra

@@ -18,6 +18,7 @@ from ksr_distill.training.checkpoints import last_good_checkpoint
 from ksr_distill.training.datamodule import HiresDataModule
 from ksr_distill.types import Batch
 
+FORKED = ("data.num_workers=2", "data.worker_start_method=fork")
 EVERY_2 = ("callbacks.checkpoint.every_updates=2",)
 
 
@@ -110,7 +111,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_the_updates_since_the_one_
 @pytest.mark.slow
 def test_a_killed_loader_worker_ends_the_run_with_a_message(files: Path, tmp_path: Path) -> None:
     run = Processes(
-        1, run_and_lose_a_worker, tmp_path, files=files, changes=("data.num_workers=2", "data.worker_start_method=fork")
+        1, run_and_lose_a_worker, tmp_path, files=files, changes=FORKED
     )  # fmt: skip
     assert run.wait(60) == [1]
     assert "worker" in run.logs()
