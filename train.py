@@ -2,7 +2,6 @@
 
 The same command resumes. The algorithm: `ksr_distill/training/distillation.py`, `training_step`.
 """
-# ruff: noqa: E402 - two things have to happen before the imports, which take seconds
 
 import os
 import signal
