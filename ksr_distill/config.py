@@ -14,6 +14,9 @@ import torch
 ALLOWED_TARGETS = ("ksr_distill.", "lightning.pytorch.")
 """Nothing else is instantiated from a config: a `_target_` such as torch.load runs code."""
 
+MIN_VAL_CROP_PX = 56
+"""7 px patches on the fourth level of a pyramid: 7 · 2³."""
+
 
 def check_train_config(config: Mapping[str, Any]) -> None:
     """Check everything that can be checked without building anything.
@@ -38,6 +41,17 @@ def check_train_config(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"data.crop_px={crop_px} is not a multiple of {multiple} (the U-Net's stride {stride} "
             f"and scale {config['scale']}); use {nearest}"
+        )
+    val_crop_px = config["data"]["val_crop_px"]
+    if config["data"]["val_shards"] and val_crop_px is not None and val_crop_px < MIN_VAL_CROP_PX:
+        raise ValueError(
+            f"data.val_crop_px={val_crop_px} is too small for val/swd, whose pyramid has four "
+            f"levels of 7 px patches; use at least {MIN_VAL_CROP_PX}, or data.val_shards=null"
+        )
+    if config["data"]["val_shards"] and config["validate_every"] > config["num_updates"]:
+        raise ValueError(
+            f"validate_every={config['validate_every']} is more than num_updates="
+            f"{config['num_updates']}, so the run would never be validated; use at most the latter"
         )
 
 

@@ -68,6 +68,8 @@ def test_every_option_of_every_group_composes(group, option, teacher):
         (["data.crop_px=250"], "data.crop_px=250 is not a multiple of 4"),
         (["num_updates=0"], "num_updates=0 is not allowed; use a whole number"),
         (["num_updates=1e3"], "num_updates=1000.0 is not allowed"),
+        (["data.val_shards=v.tar", "data.val_crop_px=32"], "data.val_crop_px=32 is too small"),
+        (["data.val_shards=v.tar", "num_updates=9"], "validate_every=500 is more than num_updates"),
         (["teacher=nowhere"], "teacher=nowhere does not exist; give a folder"),
         (["teacher=null"], "teacher=null: a distillation needs a teacher"),
         (["callbacks.health._target_=os.system"], "callbacks.health._target_=os.system"),

@@ -101,7 +101,7 @@ def save_previews(previews: Sequence[Mapping[str, Tensor]], path: Path) -> None:
     temporary.replace(path)
 
 
-def _tile(image: Tensor) -> Float[Tensor, "3 {PREVIEW_PX} {PREVIEW_PX}"]:
+def _tile(image: Tensor) -> Float[Tensor, "3 _h _w"]:
     """Return the first image's centre at PREVIEW_PX; smaller images are enlarged by repetition."""
     image = image[:1].float().clamp(-1, 1)
     side = min(image.shape[-2:])
