@@ -34,6 +34,8 @@ def pace() -> None:
 
 
 if __name__ == "__main__":
+    # As train.py does first of all: `pace` imports what it patches, which takes seconds.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
     if sys.argv[1] == "-m":
         sys.argv = sys.argv[1:]
         runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
