@@ -16,7 +16,7 @@ SHARDS = FOLDER / "shards"
 # conf/experiment/quickstart_{teacher,flash}.yaml name these two folders.
 TEACHER = FOLDER / "teacher"
 STUDENT = FOLDER / "student"
-BEST = Path("checkpoints/best.ckpt")
+BEST, LAST = Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt")
 PHOTO = HELD_OUT / "chelsea.png"
 ENLARGED = {scale: FOLDER / f"chelsea_x{scale}.png" for scale in (2, 4)}
 REPORT = FOLDER / "report.html"
@@ -52,7 +52,7 @@ def train_and_enlarge() -> list[Command]:
         ("python", "train.py", "+experiment=quickstart_teacher", *data),
         ("ksr", "export", str(TEACHER / BEST), str(TEACHER / "export"), "--overwrite"),
         ("python", "train.py", "+experiment=quickstart_flash", *data),
-        ("ksr", "export", str(STUDENT / BEST), str(STUDENT / "export"), "--overwrite"),
+        ("ksr", "export", str(STUDENT / LAST), str(STUDENT / "export"), "--overwrite"),
         *(upscale(scale) for scale in ENLARGED),
     ]
 
