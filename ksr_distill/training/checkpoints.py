@@ -115,6 +115,7 @@ class RunCheckpoint(Checkpoint):
     ) -> None:
         """Keep the names of the optimisers' parameters until there are optimisers."""
         self._saved_names = checkpoint[OPTIMIZER_NAMES]
+        reopen_if_longer(checkpoint["loops"]["fit_loop"], getattr(pl_module, "num_updates", 0))
 
     @override
     def on_save_checkpoint(
@@ -281,6 +282,19 @@ class RunCheckpoint(Checkpoint):
 def callbacks_of(trainer: pl.Trainer, kind: type[C]) -> list[C]:
     """Return a run's callbacks of a kind."""
     return [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, kind)]
+
+
+def reopen_if_longer(loop: dict[str, Any], num_updates: int) -> None:
+    """Make the state of an ended run that of one in the middle, if it is to be longer now.
+
+    Lightning counts epochs, and a run is one: without this a finished run given more updates would
+    do nothing.
+    """
+    batches = loop["epoch_loop.batch_progress"]
+    if batches["is_last_batch"] and batches["total"]["completed"] < num_updates:
+        batches["is_last_batch"] = False
+        for count in ("total", "current"):
+            loop["epoch_progress"][count] |= {"processed": 0, "completed": 0}
 
 
 def completed_updates(trainer: pl.Trainer) -> int:

@@ -132,6 +132,12 @@ def test_the_newest_and_the_best_stay_and_the_rest_is_pruned(tmp_path: Path) -> 
     assert len(list(tmp_path.glob("*.json"))) == 2
 
 
+def test_an_ended_run_given_more_updates_goes_on_as_if_it_had_not_ended(tmp_path: Path) -> None:
+    whole = train(tmp_path / "whole", module=TwoPlayers(num_updates=8))
+    train(tmp_path / "parts", module=TwoPlayers(num_updates=4))
+    assert train(tmp_path / "parts", module=TwoPlayers(num_updates=8)) == whole
+
+
 def test_time_alone_makes_a_save_due(tmp_path: Path) -> None:
     module = TwoPlayers(num_updates=4)
     module.at = lambda *_: time.sleep(0.02)
