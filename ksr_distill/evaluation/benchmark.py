@@ -50,6 +50,11 @@ class BenchmarkSettings:
     feature_network: FeatureNetwork | None = None
 
 
+def measuring_device(device: torch.device) -> torch.device:
+    """Return where metrics are computed: Apple's GPUs lack the float64 that SSIM needs."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 @dataclass(frozen=True)
 class Row:
     """One output: which image, by which model, its numbers and its files."""
@@ -145,8 +150,8 @@ def _upscale(
 def _values(
     upscaled: Upscaled, cost: Cost, pair: Pair, settings: BenchmarkSettings, number: int
 ) -> Values:
-    device = settings.device
-    saved = as_saved(upscaled.hires.float())
+    device = measuring_device(settings.device)
+    saved = as_saved(upscaled.hires.to(device).float())
     megapixels = saved.shape[-2] * saved.shape[-1] / 1e6
     values: dict[str, float | None] = {}
     if pair.hires is not None:
@@ -210,7 +215,8 @@ def _of_set(
         return skipped | {"kid": SKIPPED_FEATURES, "fid": SKIPPED_FEATURES}
     if ORIGINAL not in crops:
         return skipped | dict.fromkeys(("kid", "fid"), "skipped: there are no originals")
-    sets = (torch.cat(list(crops[name])).to(settings.device) for name in (model, ORIGINAL))
+    device = measuring_device(settings.device)
+    sets = (torch.cat(list(crops[name])).to(device) for name in (model, ORIGINAL))
     distances = feature_distances(*sets, network=settings.feature_network, seed=settings.seed)
     return skipped | distances._asdict()
 

@@ -16,7 +16,12 @@ from rich.progress import (
 
 from ksr_distill import __version__
 from ksr_distill.degradation import Degradation
-from ksr_distill.evaluation.benchmark import Benchmark, BenchmarkSettings, run_benchmark
+from ksr_distill.evaluation.benchmark import (
+    Benchmark,
+    BenchmarkSettings,
+    measuring_device,
+    run_benchmark,
+)
 from ksr_distill.evaluation.benchmark_images import BenchmarkImage, common_scale, find_images
 from ksr_distill.evaluation.candidates import ToFolder, candidates, check_names
 from ksr_distill.evaluation.feature_network import load_feature_network
@@ -109,11 +114,12 @@ def _settings(
 ) -> BenchmarkSettings:
     scale = common_scale(images) or config["scale"]
     device = pick_device(config["device"])
-    networks = {
-        key: None if config[key] is None else load_feature_network(Path(config[key])).to(device)
+    lpips_trunk, feature_network = (
+        None
+        if config[key] is None
+        else load_feature_network(Path(config[key])).to(measuring_device(device))
         for key in ("lpips_weights", "feature_weights")
-    }
-    trunk = networks["lpips_weights"]
+    )
     recipe = config["degradation"]
     if recipe is None and any(image.hires is None or image.lowres is None for image in images):
         raise ValueError(
@@ -127,8 +133,8 @@ def _settings(
         crop_px=config["crop_px"],
         device=device,
         degradation=None if recipe is None else load_recipe(recipe, scale),
-        lpips=None if trunk is None else LPIPS(trunk).to(device),
-        feature_network=networks["feature_weights"],
+        lpips=None if lpips_trunk is None else LPIPS(lpips_trunk).to(measuring_device(device)),
+        feature_network=feature_network,
     )
 
 

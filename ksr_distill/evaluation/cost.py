@@ -27,8 +27,8 @@ def measure_cost(call: Callable[[], Result], *, device: torch.device) -> tuple[R
     before_mib = _start_peak(device)
     started = time.perf_counter()
     result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     seconds = time.perf_counter() - started
     peak_mib = _read_peak(device)
     if before_mib is None or peak_mib is None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ksr_distill.evaluation.benchmark import Benchmark, values_of
+from ksr_distill.evaluation.catalogue import BY_KEY
 from ksr_distill.evaluation.uncertainty import Interval, bootstrap_interval
 
 Intervals = Mapping[str, Mapping[str, Interval]]
@@ -54,6 +55,17 @@ def paired_differences(benchmark: Benchmark, baseline: str) -> Intervals:
     return differences
 
 
+def worst_images(benchmark: Benchmark, model: str) -> dict[str, dict[str, str | float]]:
+    """Return, by metric, the image on which a model is worst, and its value there."""
+    worst: dict[str, dict[str, str | float]] = {}
+    for key, metric in BY_KEY.items():
+        values = values_of(benchmark, model, key)
+        if values:
+            image, value = max(values.items(), key=lambda item: metric.badness(item[1]))
+            worst[key] = {"image": image, "value": value}
+    return worst
+
+
 def write_metrics_json(
     benchmark: Benchmark,
     path: Path,
@@ -64,7 +76,8 @@ def write_metrics_json(
     """Write means, intervals, differences, and how they were measured.
 
     Layout: `models.NAME.METRIC` is a number, null, or a sentence that begins with "skipped";
-    `intervals` and `paired_differences` have [low, high] and {mean, low, high} in its place.
+    `intervals` and `paired_differences` have [low, high] and {mean, low, high} in its place, and
+    `worst` {image, value}.
     """
     summary = summarise(benchmark)
     document = {
@@ -81,6 +94,7 @@ def write_metrics_json(
             model: {key: [i.low, i.high] for key, i in summary[model].items()}
             for model in benchmark.models
         },
+        "worst": {model: worst_images(benchmark, model) for model in benchmark.models},
         "paired_differences": {
             model: {key: interval._asdict() for key, interval in by_metric.items()}
             for model, by_metric in paired_differences(benchmark, compare_with).items()

@@ -110,6 +110,8 @@ def test_metrics_json_and_the_csv_agree(small_benchmark, tmp_path):
     assert document["models"]["student"]["num_inference_steps"] == 4
     assert document["models"]["student"]["kid"].startswith("skipped: give feature_weights=")
     assert document["models"]["student"]["lpips"].startswith("skipped: give lpips_weights=")
+    worst = document["worst"]["student"]["psnr_y"]
+    assert worst["value"] == min(values_of(benchmark, "student", "psnr_y").values())
     assert set(document["paired_differences"]) == {"nearest", "student"}
 
 

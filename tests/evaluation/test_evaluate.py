@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -10,6 +11,7 @@ from ksr_distill.config import check_overrides
 from ksr_distill.degradation import JPEGDegradation
 from ksr_distill.evaluation import command
 from ksr_distill.evaluation.benchmark_images import write_image
+from ksr_distill.evaluation.feature_network import FeatureNetwork
 from tests.evaluation.conftest import photo
 
 CONF = Path(evaluate.CONF) / "evaluation"
@@ -42,6 +44,22 @@ def test_one_command_writes_numbers_and_a_report(pairs, tmp_path, student_folder
     assert document["settings"]["Border"].startswith("2 px")
     assert document["settings"]["config"]["seed"] == 0
     assert (tmp_path / "out" / "per_image.csv").read_text().count("\n") == 7
+
+
+def test_weights_are_given_by_path(pairs, tmp_path):
+    torch.manual_seed(0)
+    torch.save(FeatureNetwork("alex").state_dict(), tmp_path / "alexnet.pth")
+    run(
+        f"benchmark={pairs}",
+        "baselines=[nearest,bicubic]",
+        f"lpips_weights={tmp_path / 'alexnet.pth'}",
+        f"feature_weights={tmp_path / 'alexnet.pth'}",
+        "crop_px=32",
+        f"output_dir={tmp_path / 'out'}",
+    )
+    document = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert document["models"]["nearest"]["lpips"] > 0
+    assert "crops are too few" in document["models"]["nearest"]["kid"]
 
 
 def test_photos_are_degraded_by_a_recipe_of_conf(tmp_path, student_folder):
