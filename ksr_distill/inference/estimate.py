@@ -7,18 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
+from ksr_distill.inference.memory import working_bytes
 from ksr_distill.inference.noise import Window
-from ksr_distill.inference.passes import SuperResolutionPass, TilePass, Tiling
+from ksr_distill.inference.passes import TilePass, Tiling
 from ksr_distill.inference.pictures import Picture
 from ksr_distill.inference.tiles import TilePlan
 from ksr_distill.inference.workspace import tile_bytes
-
-ACTIVATIONS_PER_PX = {"cpu": 10, "cuda": 16}
-"""Peak memory of the U-Net's forward in units of (pixels · base channels): 5.6 to 10.5 in float32
-on a CPU, from 16 to 128 channels and 512² to 1024²; 13 at 2048² on an H200 (measured)."""
 
 PROGRAM_BYTES = 450_000_000
 """Of torch and diffusers, imported (measured)."""
@@ -125,38 +121,6 @@ def estimate_job(
         workspace_bytes=stored if streamed else 0,
         file_bytes=math.ceil(height * width * bands * bits / 8 * BYTES_PER_SAMPLE[name]),
     )
-
-
-def working_bytes(tile_pass: TilePass, tile_px: int, batch: int) -> int:
-    """Return about what a pass needs for its weights and a batch of tiles."""
-    if not isinstance(tile_pass, SuperResolutionPass):
-        return 0  # The refiner's networks work in tiles of their own size.
-    network = tile_pass.denoise
-    weights = sum(p.numel() * p.element_size() for p in network.parameters())
-    per_px = ACTIVATIONS_PER_PX.get(tile_pass.device.type, 16)
-    activations = tile_px**2 * network.config.base_channels * per_px
-    return weights + activations * tile_pass.dtype.itemsize * batch
-
-
-def largest_fitting_tile(tile_pass: TilePass, device: torch.device) -> int:
-    """Return the largest tile whose work fits into four fifths of the free memory.
-
-    On a GPU up to 2048 px, which makes 1024² → 2048² one tile; a CPU gains nothing beyond 1024.
-    """
-    budget = 0.8 * free_memory_bytes(device)
-    sides = (2048, 1024, 512, 256) if device.type == "cuda" else (1024, 512, 256)
-    return next((s for s in sides if working_bytes(tile_pass, s, 1) <= budget), sides[-1])
-
-
-def free_memory_bytes(device: torch.device) -> int:
-    """Return what the device has left; on a CPU within the container's limit."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = psutil.virtual_memory().available
-    limit, usage = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(usage.read_text()))
-    return available
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
-from ksr_distill.inference.estimate import as_size, free_memory_bytes
+from ksr_distill.inference.estimate import as_size
+from ksr_distill.inference.memory import free_memory_bytes
 from ksr_distill.inference.pipeline import KSRFlashPipeline
 
 logger = logging.getLogger(__name__)

@@ -19,9 +19,6 @@ from ksr_distill.types import Denoiser
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TILE_PX = 2048
-"""1024² → 2048², the released system's own example, is one tile."""
-
 SMALLEST_TILE_PX = 64
 
 POLL_SECONDS, MAX_POLL_SECONDS = 0.1, 10.0
@@ -115,7 +112,7 @@ class Tiling:
         batch: Tiles at once.
     """
 
-    tile_px: int = DEFAULT_TILE_PX
+    tile_px: int
     overlap_px: int | None = None
     batch: int = 1
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ksr_distill.diffusion import student_timesteps as evenly_spread_timesteps
 from ksr_distill.inference.images import Pictures, as_rasters, from_rasters
+from ksr_distill.inference.memory import largest_fitting_tile
 from ksr_distill.inference.noise import PlaceNoise
 from ksr_distill.inference.passes import (
-    DEFAULT_TILE_PX,
     SuperResolutionPass,
     TilePass,
     Tiling,
@@ -81,7 +81,7 @@ class KSRFlashPipeline(DiffusionPipeline):
         refine_steps: int = 0,
         match_colours: bool = False,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        tile_px: int = DEFAULT_TILE_PX,
+        tile_px: int | None = None,
         overlap_px: int | None = None,
         tile_batch_size: int = 1,
         output_type: str = "pil",
@@ -101,7 +101,8 @@ class KSRFlashPipeline(DiffusionPipeline):
                 tiles and passes cannot drift. The released pipeline does not.
             generator: One for all pictures, or one each. A picture's noise depends on its
                 generator alone, so a batch gives what single pictures give.
-            tile_px: Side of a tile in output pixels of a pass.
+            tile_px: Largest side of a tile in output pixels of a pass; by default what fits into
+                the free memory, up to 2048 on a GPU and 1024 on a CPU.
             overlap_px: Width of the blended borders, an eighth of the tile by default.
             tile_batch_size: Tiles at once; changes the speed and the memory.
             output_type: ``pil``, ``np`` ((b, H, W, 3) in [0, 1]) or ``pt`` ((b, 3, H, W) in
@@ -111,6 +112,8 @@ class KSRFlashPipeline(DiffusionPipeline):
         """
         sources = as_rasters(image)
         self.check_inputs(scale, refine_steps, output_type)
+        if tile_px is None:
+            tile_px = largest_fitting_tile(self.passes(1, seed=0)[0], self._execution_device)
         tiling = Tiling(tile_px, overlap_px, tile_batch_size)
         results = [
             self.enlarge(

@@ -7,13 +7,9 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from ksr_distill.inference.deepzoom import check_replaceable
-from ksr_distill.inference.estimate import (
-    Estimate,
-    check_disk,
-    estimate_job,
-    largest_fitting_tile,
-)
+from ksr_distill.inference.estimate import Estimate, check_disk, estimate_job
 from ksr_distill.inference.jobs import Job, Shard
+from ksr_distill.inference.memory import largest_fitting_tile
 from ksr_distill.inference.passes import TilePass, Tiling, run_passes, wait_until_whole
 from ksr_distill.inference.pictures import Picture, open_picture
 from ksr_distill.inference.pipeline import KSRFlashPipeline, draw_seeds, resized

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from ksr_distill.cli import app
 from ksr_distill.inference import KSRFlashPipeline, estimate, upscale, workspace
+from ksr_distill.inference.tiles import plan_tiles
 from tests.inference.test_pictures import broken_files
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 28, 3), dtype=np.uint8)
@@ -345,3 +346,13 @@ def test_a_tile_that_was_lost_on_disk_is_made_again(
     counted_writes.clear()
     assert ksr(photo, "-o", tmp_path / "big.png", *EIGHTFOLD).exit_code == 0
     assert counted_writes == [0]
+
+
+def test_a_torn_line_does_not_pass_for_another_tile(tmp_path):
+    plan = plan_tiles(64, 64, tile_px=32, overlap_px=8, align=8)
+    store = workspace.TileFile(tmp_path / "pass0.tiles", plan, torch.float32)
+    (tmp_path / "pass0.0.journal").write_bytes(b"1")  # a kill in the middle of a line
+    again = workspace.TileFile(tmp_path / "pass0.tiles", plan, torch.float32)
+    again.write(3, torch.zeros(3, 32, 32))
+    store.refresh()
+    assert [store.is_done(index) for index in (3, 13, 1)] == [True, False, False]

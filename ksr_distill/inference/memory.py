@@ -1,0 +1,50 @@
+"""How much memory a tile takes, and how large a tile the memory allows."""
+
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+from ksr_distill.inference.passes import SuperResolutionPass, TilePass
+from ksr_distill.inference.refine import MOVQ_TILE_PX, RefinerPass
+
+ACTIVATIONS_PER_PX = {"cpu": 10, "cuda": 16}
+"""Peak memory of the U-Net's forward in units of (pixels · base channels): 5.6 to 10.5 in float32
+on a CPU, from 16 to 128 channels and 512² to 1024²; 13 at 2048² on an H200 (measured)."""
+
+
+def working_bytes(tile_pass: TilePass, tile_px: int, batch: int) -> int:
+    """Return about what a pass needs for its weights and a batch of tiles."""
+    modules = [value for value in vars(tile_pass).values() if isinstance(value, nn.Module)]
+    weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    if isinstance(tile_pass, RefinerPass):
+        # MoVQ's decoder takes the most, in tiles of its own size.
+        tile_px, channels = min(tile_px, MOVQ_TILE_PX), tile_pass.movq.config.block_out_channels[0]
+    elif isinstance(tile_pass, SuperResolutionPass):
+        channels = tile_pass.denoise.config.base_channels
+    else:
+        return weights
+    per_px = ACTIVATIONS_PER_PX.get(tile_pass.device.type, 16)
+    return weights + tile_px**2 * channels * per_px * tile_pass.dtype.itemsize * batch
+
+
+def largest_fitting_tile(tile_pass: TilePass, device: torch.device) -> int:
+    """Return the largest tile whose work fits into four fifths of the free memory.
+
+    On a GPU up to 2048 px, which makes 1024² → 2048² one tile; a CPU gains nothing beyond 1024.
+    """
+    budget = 0.8 * free_memory_bytes(device)
+    sides = (2048, 1024, 512, 256) if device.type == "cuda" else (1024, 512, 256)
+    return next((s for s in sides if working_bytes(tile_pass, s, 1) <= budget), sides[-1])
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """Return what the device has left; on a CPU within the container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available
+    limit, usage = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(usage.read_text()))
+    return available
