@@ -32,10 +32,15 @@ class _HashingWriter:
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         self.sha256.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -71,7 +76,11 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, facts: dict[str, An
     try:
         with temporary.open("wb") as file:
             writer = _HashingWriter(file)
-            torch.save(checkpoint, cast(IO[bytes], writer))
+            try:
+                torch.save(checkpoint, cast(IO[bytes], writer))
+            except RuntimeError as error:
+                # torch's zip writer speaks of positions where the disk was full
+                raise writer.error or error from error
             num_bytes = file.tell()
         _flush_to_disk(temporary)
         summary = {"sha256": writer.sha256.hexdigest(), "bytes": num_bytes, **facts}
@@ -251,7 +260,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def _write(self, checkpoint: dict[str, Any], path: Path, facts: dict[str, Any]) -> None:
         try:
             write_checkpoint(checkpoint, path, facts)
-        except (OSError, RuntimeError) as error:  # torch's zip writer may turn one into the other
+        except (OSError, RuntimeError) as error:
             self.failure = " ".join(str(error).split())
             log.error(
                 "checkpoint %s was not written (%s); the earlier ones are kept, training goes on: "

@@ -1,11 +1,14 @@
 """Curves in a file that survives a resume: one row a value, ``update,metric,value``."""
 
 import csv
+import logging
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+log = logging.getLogger(__name__)
 
 HEADER = ("update", "metric", "value")
 
@@ -47,6 +50,17 @@ class MetricsCSV(Logger):
         if not metrics:
             return
         update = int(step or 0)
+        try:
+            self._append(metrics, update)
+        except OSError as error:  # a full disk: the run is worth more than its curves
+            log.warning(
+                "the figures of update %d are not in %s (%s); training goes on: free space",
+                update,
+                self.path,
+                error,
+            )
+
+    def _append(self, metrics: dict[str, float], update: int) -> None:
         if not self._continues:
             self._drop_from(update)
             self._continues = True

@@ -1,5 +1,6 @@
 """Callbacks that watch: is the game in balance, and what do the pictures look like?"""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from ksr_distill.training.base import UpdateModule
 from ksr_distill.training.distillation import DistillationModule, Table
 from ksr_distill.training.validation import save_previews
 
+log = logging.getLogger(__name__)
+
 MAX_AUC_SCORES = 4096
 
 
@@ -35,11 +38,18 @@ def auc(real: Float[Tensor, " n"], fake: Float[Tensor, " m"]) -> Float[Tensor, "
 
 
 def score_health(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Return the AUC per head, from evenly spaced places: .6–.9 is healthy."""
+    """Return two AUCs per head: over all pairs of places, and over pairs of the same place.
+
+    Real and fake share content and noise, so the paired one sees what the other loses in the
+    differences between places (docs/experiments.md); .6–.9 of it is healthy.
+    """
     values = {}
     for k, pair in enumerate(zip(real, fake, strict=True)):
-        thinned = (s.flatten()[:: max(1, s.numel() // MAX_AUC_SCORES)] for s in pair)
-        values[f"health/auc_head_{k}"] = auc(*thinned)
+        a, b = (s.flatten()[:: max(1, s.numel() // MAX_AUC_SCORES)] for s in pair)
+        values[f"health/auc_head_{k}"] = auc(a, b)
+        values[f"health/paired_auc_head_{k}"] = (a > b).double().mean() + 0.5 * (
+            a == b
+        ).double().mean()
     return values
 
 
@@ -107,9 +117,16 @@ class Previews(Callback):
         }
         pl_module.log_values(metrics)
         if trainer.is_global_zero and pl_module.previews:
-            path = self.folder / f"update_{pl_module.update:06d}.png"
-            save_previews(pl_module.previews, path)
-            for logger in trainer.loggers:
-                if hasattr(logger, "log_image"):
-                    logger.log_image("previews", [str(path)], step=pl_module.update)
+            self._write(trainer, pl_module)
         pl_module.previews.clear()
+
+    def _write(self, trainer: Trainer, pl_module: UpdateModule) -> None:
+        path = self.folder / f"update_{pl_module.update:06d}.png"
+        try:
+            save_previews(pl_module.previews, path)
+        except OSError as error:  # a full disk: the run is worth more than its pictures
+            log.warning("%s was not written (%s); training goes on: free space", path, error)
+            return
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):
+                logger.log_image("previews", [str(path)], step=pl_module.update)

@@ -94,9 +94,9 @@ def test_a_killed_rank_ends_the_job_soon_and_the_requeued_one_ends_equal(
 def test_the_wall_limit_is_met_with_a_save_and_a_requeue(
     slurm: Slurm, files: Path, tmp_path: Path, reference: str
 ) -> None:
-    """A limit of one minute, a signal 30 s before: the run needs several such slots."""
+    """A limit of two minutes, a signal 50 s before (or up to 60 s earlier): several such slots."""
     job = train(
-        slurm, files, tmp_path, pace={"PACE_S": 3}, sbatch=("--time=1", "--signal=USR1@30")
+        slurm, files, tmp_path, pace={"PACE_S": 10}, sbatch=("--time=2", "--signal=USR1@50")
     )  # fmt: skip
     fields = slurm.wait(job, timeout=600)
     assert int(fields["Restarts"]) >= 1
