@@ -74,6 +74,16 @@ def test_photos_are_degraded_by_a_recipe_of_conf(tmp_path, student_folder):
     assert document["settings"]["Lowres"] == "recipe jpeg"
 
 
+def test_pictures_without_originals_make_a_report_of_what_can_be_said(pairs, tmp_path):
+    for path in pairs.glob("*_HR.png"):
+        path.unlink()
+    report = run(f"lowres={pairs}", "degradation=bicubic", f"output_dir={tmp_path / 'out'}")
+    text = report.read_text()
+    assert "output under recipe bicubic against the stored lowres" in text
+    assert "PSNR-Y" not in text
+    assert "error on the right" not in text
+
+
 def test_a_recipe_is_told_by_its_name_and_gets_the_scale():
     recipe = evaluate.load_recipe("jpeg", 4)
     assert isinstance(recipe, JPEGDegradation)
