@@ -8,7 +8,7 @@ import torch
 from ksr_distill.training.balance import GradientBalance
 from ksr_distill.training.ema import ema_decay, update_ema
 from ksr_distill.training.history import MetricsCSV
-from ksr_distill.training.monitors import auc
+from ksr_distill.training.monitors import auc, score_health
 from ksr_distill.training.settings import StudentTerms
 from tests.training.conftest import adamw, game
 
@@ -90,6 +90,14 @@ def test_auc_counts_pairs_and_halves_ties():
     real, fake = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0])
     assert auc(real, fake).item() == pytest.approx((1 + 1.5 + 2) / 6)
     assert auc(real, real).item() == pytest.approx(0.5)
+
+
+def test_paired_auc_sees_a_difference_that_content_hides():
+    content = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 100
+    values = score_health([content + 1.0], [content])
+    assert values["health/paired_auc_head_0"].item() == 1.0
+    assert values["health/auc_head_0"].item() == pytest.approx(0.5, abs=0.01)
+    assert score_health([content], [content])["health/paired_auc_head_0"].item() == 0.5
 
 
 def test_curves_go_on_after_a_resume_without_rows_from_a_lost_future(tmp_path):

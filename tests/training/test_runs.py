@@ -143,11 +143,14 @@ def test_original_layout_comes_back_by_the_map_with_the_same_pixels(files, tmp_p
     assert runner.invoke(app, ["export", str(path), str(out), "--original"]).exit_code == 0
     convert = ["convert", "sr-unet", str(out), str(tmp_path / "back"), "--num-groups", "4"]
     assert runner.invoke(app, convert).exit_code == 0
+    export_checkpoint(path, tmp_path / "out", fp16=False, self_contained=False, overwrite=False)
+    ours = KSRUNet.from_pretrained(tmp_path / "out", subfolder="sr")
+    back = KSRUNet.from_pretrained(tmp_path / "back")
+    expected = averaged_unet(read_checkpoint(path)).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in back.state_dict().items())
     x_t, t, lowres = torch.randn(1, 3, 32, 32), torch.tensor([479]), torch.rand(1, 3, 16, 16)
     with torch.no_grad():
-        ours = averaged_unet(read_checkpoint(path))(x_t, t, lowres)
-        back = KSRUNet.from_pretrained(tmp_path / "back")(x_t, t, lowres)
-    assert torch.equal(ours, back)
+        assert torch.equal(ours(x_t, t, lowres), back(x_t, t, lowres))
 
 
 @pytest.mark.parametrize(
