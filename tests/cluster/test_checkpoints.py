@@ -121,15 +121,15 @@ def test_a_foreground_and_a_background_run_end_equal(tmp_path: Path) -> None:
 def test_the_newest_and_the_best_stay_and_the_rest_is_pruned(tmp_path: Path) -> None:
     train(
         tmp_path,
-        module=TwoPlayers(num_updates=14),
+        module=TwoPlayers(num_updates=18),
         checkpoint={"every_updates": 2, "keep_last": 2, "keep_best": 1},
     )
-    # validation figures: update 3: 1, 6: 2, 9: 3, 12: 4 (best)
+    # validation figures: 1 at update 3, 2 at 6, 3 at 9, 4 at 12 (the best), 0 at 15, 1 at 18
     names = sorted(path.name for path in tmp_path.glob("*.ckpt") if not path.is_symlink())
-    assert names == ["update-000000012.ckpt", "update-000000014.ckpt"]
-    assert (tmp_path / "last.ckpt").resolve().name == "update-000000014.ckpt"
+    assert names == [f"update-{update:09d}.ckpt" for update in (12, 16, 18)]
+    assert (tmp_path / "last.ckpt").resolve().name == "update-000000018.ckpt"
     assert (tmp_path / "best.ckpt").resolve().name == "update-000000012.ckpt"
-    assert len(list(tmp_path.glob("*.json"))) == 2
+    assert len(list(tmp_path.glob("*.json"))) == 3
 
 
 def test_an_ended_run_given_more_updates_goes_on_as_if_it_had_not_ended(tmp_path: Path) -> None:
