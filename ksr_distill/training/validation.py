@@ -68,7 +68,8 @@ def validate_batch(
             module.log(f"{prefix}/{metric}", value, batch_size=len(hires), sync_dist=True,
                        logger=False, add_dataloader_idx=False)  # fmt: skip
     if batch_idx < NUM_PREVIEWS:
-        module.previews.append({"lowres": lowres, **pictures, "hires": hires})
+        large = torch.nn.functional.interpolate(lowres, hires.shape[-2:], mode="nearest")
+        module.previews.append({"lowres": large, **pictures, "hires": hires})
 
 
 def picture_metrics(
