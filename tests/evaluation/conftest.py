@@ -38,8 +38,8 @@ def tiny_unet():
     torch.manual_seed(0)
     unet = KSRUNet(
         base_channels=8,
-        channel_multipliers=(1, 2),
-        num_blocks=(1, 2),
+        channel_multipliers=(1, 1, 2),
+        num_blocks=(1, 1, 2),
         time_embedding_dim=16,
         num_groups=4,
         predict_residual=True,
