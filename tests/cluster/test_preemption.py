@@ -47,7 +47,8 @@ def test_skewed_ranks_save_together_and_end_equal(
     tmp_path: Path, uninterrupted: str, number: signal.Signals
 ) -> None:
     parts = tmp_path / "parts"
-    running = Processes(3, train_guarded, parts, seconds=0.05, skew=0.05)
+    # Longer than the signals are apart: the first one told must not end the others before theirs.
+    running = Processes(3, train_guarded, parts, seconds=0.4, skew=0.05)
     wait_until(lambda: (parts / "at.0").exists() and (parts / "at.0").read_text() == "2")
     for process in running.all:  # 0.15 s apart: in Lightning's own handler this deadlocks
         os.kill(process.pid, number)
