@@ -48,7 +48,7 @@ def test_skewed_ranks_save_together_and_end_equal(
 ) -> None:
     parts = tmp_path / "parts"
     # Longer than the signals are apart: the first one told must not end the others before theirs.
-    running = Processes(3, train_guarded, parts, seconds=0.4, skew=0.05)
+    running = Processes(3, train_guarded, parts, seconds=0.8, skew=0.05)
     wait_until(lambda: (parts / "at.0").exists() and (parts / "at.0").read_text() == "2")
     for process in running.all:  # 0.15 s apart: in Lightning's own handler this deadlocks
         os.kill(process.pid, number)
