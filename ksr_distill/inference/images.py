@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
+import pyvips
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ksr_distill.inference.rasters import Raster, TensorRaster, strips
+from ksr_distill.inference.pictures import bleed
+from ksr_distill.inference.rasters import Raster, ResampledRaster, TensorRaster, strips
 
 Picture = PIL.Image.Image | np.ndarray | Tensor
 Pictures = Picture | Sequence[Picture]
@@ -39,14 +41,30 @@ def as_rasters(image: Pictures) -> list[Raster]:
 
 
 def pil_to_tensor(image: PIL.Image.Image) -> Float[Tensor, "3 h w"]:
-    """Return a PIL image in [-1, 1], as RGB; 16-bit grey keeps its bits.
+    """Return a PIL image's colour in [-1, 1]; 16-bit grey keeps its bits.
 
-    ``convert("RGB")`` would clip 16-bit grey to 255.
+    ``convert("RGB")`` would clip 16-bit grey to 255, and show what hides under transparency.
     """
+    if image.has_transparency_data:
+        rgba = pyvips.Image.new_from_array(np.asarray(image.convert("RGBA")))
+        visible = bleed(rgba.extract_band(0, n=3), rgba.extract_band(3), 255.0)
+        return array_to_tensor(visible.numpy())
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float32)[:, :, None] / 65535
         return array_to_tensor(np.repeat(grey, 3, axis=2))
     return array_to_tensor(np.asarray(image.convert("RGB")))
+
+
+def alphas(image: Pictures) -> list[Raster | None]:
+    """Return the transparency of each picture that has one; arrays and tensors have none."""
+    if isinstance(image, PIL.Image.Image):
+        if not image.has_transparency_data:
+            return [None]
+        band = np.asarray(image.convert("RGBA"))[None, :, :, 3].astype(np.float32)
+        return [TensorRaster(torch.from_numpy(band / 255 * 2 - 1))]
+    if isinstance(image, np.ndarray | Tensor):
+        return [None] * (len(image) if image.ndim == 4 else 1)
+    return [alpha for one in image for alpha in alphas(one)]
 
 
 def array_to_tensor(array: np.ndarray) -> Float[Tensor, "3 h w"]:
@@ -72,11 +90,18 @@ def tensor_to_signed(tensor: Tensor) -> Float[Tensor, "3 h w"]:
 
 
 def from_rasters(
-    rasters: Sequence[Raster], output_type: str
+    rasters: Sequence[Raster], output_type: str, alphas: Sequence[Raster | None] | None = None
 ) -> list[PIL.Image.Image] | list[np.ndarray] | list[Tensor] | np.ndarray | Tensor:
-    """Return pictures as ``pil``, ``np`` or ``pt``; arrays are stacked where sizes agree."""
+    """Return pictures as ``pil``, ``np`` or ``pt``; arrays are stacked where sizes agree.
+
+    Args:
+        alphas: Each source's transparency, of the source's size; PIL images get it, enlarged.
+    """
     if output_type == "pil":
-        return [PIL.Image.fromarray(to_uint8(raster)) for raster in rasters]
+        return [
+            PIL.Image.fromarray(with_alpha(raster, alpha))
+            for raster, alpha in zip(rasters, alphas or [None] * len(rasters), strict=True)
+        ]
     units = [to_unit(raster) for raster in rasters]
     alike = len({unit.shape for unit in units}) == 1
     if output_type == "pt":
@@ -91,7 +116,15 @@ def to_unit(raster: Raster) -> Float[Tensor, "3 H W"]:
     return (whole / 2 + 0.5).clamp_(0, 1)
 
 
-def to_uint8(raster: Raster) -> UInt8[np.ndarray, "H W 3"]:
+def with_alpha(raster: Raster, alpha: Raster | None) -> UInt8[np.ndarray, "H W c"]:
+    """Return the raster in 8 bits, with its source's transparency enlarged to its size."""
+    if alpha is None:
+        return to_uint8(raster)
+    resized = ResampledRaster(alpha, raster.height, raster.width)
+    return np.dstack([to_uint8(raster), to_uint8(resized)])
+
+
+def to_uint8(raster: Raster) -> UInt8[np.ndarray, "H W c"]:
     """Return the whole raster rounded to 8 bits, strip by strip."""
     rows = strips(raster, rows_at_once=ROWS_AT_ONCE)
     return np.concatenate([quantised(strip, bits=8) for strip in rows])

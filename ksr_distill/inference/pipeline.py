@@ -10,7 +10,7 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from ksr_distill.diffusion import student_timesteps as evenly_spread_timesteps
-from ksr_distill.inference.images import Pictures, as_rasters, from_rasters
+from ksr_distill.inference.images import Pictures, alphas, as_rasters, from_rasters
 from ksr_distill.inference.memory import largest_fitting_tile
 from ksr_distill.inference.noise import PlaceNoise
 from ksr_distill.inference.passes import (
@@ -105,8 +105,8 @@ class KSRFlashPipeline(DiffusionPipeline):
                 the free memory, up to 2048 on a GPU and 1024 on a CPU.
             overlap_px: Width of the blended borders, an eighth of the tile by default.
             tile_batch_size: Tiles at once; changes the speed and the memory.
-            output_type: ``pil``, ``np`` ((b, H, W, 3) in [0, 1]) or ``pt`` ((b, 3, H, W) in
-                [0, 1], on the CPU); lists where sizes differ.
+            output_type: ``pil`` (with the transparency of a PIL source), ``np`` ((b, H, W, 3) in
+                [0, 1]) or ``pt`` ((b, 3, H, W) in [0, 1], on the CPU); lists where sizes differ.
             callback_on_step_end: Called with (pipeline, index, t, {"pred_x_0": …}) after each
                 step of each batch of tiles.
         """
@@ -128,7 +128,7 @@ class KSRFlashPipeline(DiffusionPipeline):
             )
             for source, seed in zip(sources, draw_seeds(generator, len(sources)), strict=True)
         ]
-        images = from_rasters(results, output_type)
+        images = from_rasters(results, output_type, alphas(image))
         self.maybe_free_model_hooks()
         # diffusers' annotation forgets that its own pipelines put tensors here, too.
         return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]

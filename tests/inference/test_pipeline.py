@@ -222,3 +222,15 @@ def test_it_moves_between_dtypes():
     assert pipeline.sr.dtype == torch.bfloat16
     difference = (pixels(pipeline) - expected).abs().mean()
     assert 0 < difference < 0.05
+
+
+def test_transparency_is_enlarged_beside_the_colours(pipeline):
+    rgba = np.zeros((16, 16, 4), np.uint8)
+    rgba[:, :8] = (230, 200, 40, 255)  # black hides under the transparent half
+    (big,) = pixels(pipeline, PIL.Image.fromarray(rgba), output_type="pil")
+    assert (big.mode, big.size) == ("RGBA", (32, 32))
+    assert np.asarray(big)[:, :12, 3].min() == 255
+    assert np.asarray(big)[:, 20:, 3].max() == 0
+    opaque = PIL.Image.new("RGB", (16, 16), (230, 200, 40))
+    (expected,) = pixels(pipeline, opaque, output_type="pil")
+    assert np.abs(np.asarray(big)[:, :, :3].astype(int) - np.asarray(expected)).max() <= 1
