@@ -12,8 +12,8 @@ from torch import Tensor
 from ksr_distill.inference.pictures import bleed
 from ksr_distill.inference.rasters import Raster, ResampledRaster, TensorRaster, strips
 
-Picture = PIL.Image.Image | np.ndarray | Tensor
-Pictures = Picture | Sequence[Picture]
+ImageLike = PIL.Image.Image | np.ndarray | Tensor
+Pictures = ImageLike | Sequence[ImageLike]
 
 ROWS_AT_ONCE = 256
 
