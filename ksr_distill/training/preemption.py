@@ -55,6 +55,7 @@ class PreemptionGuard(Checkpoint):
         self.stay_alive_s = stay_alive_s
         self._received = 0
         self._before: dict[int, Any] = {}
+        self._held: set[int] = set()
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self._received = max(self._received, number)
@@ -63,7 +64,8 @@ class PreemptionGuard(Checkpoint):
         for number in numbers:
             previous = signal.signal(number, self._note)
             self._before.setdefault(number, previous)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # train.py holds them from its start on
+        # train.py holds back what would end it before anyone listens.
+        self._held |= signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers) & set(numbers)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -135,10 +137,13 @@ class PreemptionGuard(Checkpoint):
         self._give_back()
 
     def _give_back(self) -> None:
+        # Held again first: a signal after the last save must not fail a run that has ended.
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._held)
         for number, handler in self._before.items():
             if signal.getsignal(number) == self._note:  # else Lightning has given it back already
                 signal.signal(number, handler)
         self._before.clear()
+        self._held.clear()
         self._received = 0
 
 

@@ -81,6 +81,16 @@ def test_a_signal_that_comes_while_loading_is_answered_after_the_first_update(
     assert last_good_checkpoint(tmp_path / "run").stem == "update-000000001"
 
 
+def train_told_when_it_has_ended(folder: Path) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
+    train_guarded(folder)
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+
+def test_a_signal_that_comes_after_the_end_does_not_fail_the_run(tmp_path: Path) -> None:
+    Processes(1, train_told_when_it_has_ended, tmp_path).succeed()
+
+
 def test_the_guard_gives_the_signals_back(tmp_path: Path) -> None:
     numbers = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
     before = [signal.getsignal(number) for number in numbers]
