@@ -3,12 +3,12 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
 
+from ksr_distill.config import model_folder
 from ksr_distill.diffusion import student_timesteps
 from ksr_distill.models import Critic, KSRUNet
 from ksr_distill.randomness import Stream, generator_for
@@ -16,23 +16,6 @@ from ksr_distill.training.distillation import DistillationModule
 from ksr_distill.training.teacher import TeacherModule
 
 N = TypeVar("N", bound=torch.nn.Module)
-
-
-def teacher_folder(folder: str | Path) -> Path:
-    """Return the folder that holds a teacher's config.json: itself, or its ``sr`` subfolder.
-
-    Raises:
-        ValueError: If neither is there.
-    """
-    folder = Path(folder)
-    for candidate in (folder / "sr", folder):
-        if (candidate / "config.json").is_file():
-            return candidate
-    state = "has no config.json and no sr/config.json" if folder.exists() else "does not exist"
-    raise ValueError(
-        f"teacher={folder} {state}; give a folder made by `ksr export` from a ksr_teacher run, or "
-        "by `ksr convert sr-unet` from released weights"
-    )
 
 
 def teacher_module(*, model: dict[str, Any], channels_last: bool, **rest: Any) -> TeacherModule:
@@ -58,7 +41,7 @@ def distillation_module(
         teacher: A model folder.
         dropout: Of the student; 0, or the steps would disagree with inference.
     """
-    folder = teacher_folder(teacher)
+    folder = model_folder(teacher, key="teacher")
     trunk = KSRUNet.from_pretrained(folder, dropout=0.0)
     student = KSRUNet.from_pretrained(folder, dropout=dropout)
     with seeded_initialisation(rest["seed"]):
