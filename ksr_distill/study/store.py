@@ -20,7 +20,8 @@ from ksr_distill.study.schema import DATABASE_NAME, FORMAT, Pair
 Side = Literal["left", "right"]
 
 # Pairs that still lack votes, counting the live leases of others; fewest first, then a shuffle of
-# the rater's own (pair ids are shuffled too, by build).
+# the rater's own (pair ids are shuffled too, by build): squares of the salt's multiples modulo a
+# prime. The multiples alone know a few dozen orders, so that two raters had the same now and then.
 OPEN_PAIRS = """
 SELECT id FROM (
     SELECT pair.id AS id,
@@ -32,7 +33,8 @@ SELECT id FROM (
     FROM pair
     WHERE pair.kind = 'pair' AND {mine}
 )
-WHERE taken < :wanted ORDER BY taken, (id * :salt) % 2147483647 LIMIT 1
+WHERE taken < :wanted ORDER BY taken,
+    (id * :salt % 2147483647) * (id * :salt % 2147483647) % 2147483647 LIMIT 1
 """
 NEW_PAIR = OPEN_PAIRS.format(
     mine="pair.id NOT IN (SELECT pair FROM assignment WHERE rater = :rater)"
@@ -211,7 +213,8 @@ class Store:
             return None
         row = connection.execute(
             "SELECT id FROM pair WHERE kind <> 'pair' AND id NOT IN "
-            "(SELECT pair FROM assignment WHERE rater = ?) ORDER BY (id * ?) % 2147483647 LIMIT 1",
+            "(SELECT pair FROM assignment WHERE rater = ?1) ORDER BY "
+            "(id * ?2 % 2147483647) * (id * ?2 % 2147483647) % 2147483647 LIMIT 1",
             (rater, salt),
         ).fetchone()
         return row[0] if row else None
