@@ -1,7 +1,7 @@
 """The pieces of the super-resolution U-Net (KandiSuperRes, ``unet_sr``)."""
 
 import math
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 Resampling = Literal["none", "down", "up"]
-Upsampling = Literal["transposed_conv", "nearest_conv"]
+Upsampling = Literal["transposed_conv", "nearest"]
 
 
 def sinusoidal_embedding(t: Real[Tensor, " b"], dim: int) -> Float[Tensor, "b {dim}"]:
@@ -44,16 +44,35 @@ class TimeEmbedding(nn.Module):
         return hidden.to(self.linear_1.weight.dtype)
 
 
-class NearestConv(nn.Module):
-    """Double the size by repeating pixels, then a 3×3 convolution: no checkerboard by design."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+class Enlarge(nn.Module):
+    """Double the size by repeating pixels."""
 
     def forward(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c H W"]:
-        """Return the enlarged features (H = 2h, W = 2w)."""
-        return self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+        """Return the repeated pixels (H = 2h, W = 2w)."""
+        return F.interpolate(hidden, scale_factor=2.0, mode="nearest")
+
+
+def conv_of_enlarged(
+    hidden: Float[Tensor, "b c h w"], conv: nn.Conv2d
+) -> Float[Tensor, "b c2 H W"]:
+    """Return ``conv(Enlarge()(hidden))`` of a 3×3 convolution, without the enlarged map in between.
+
+    Of the nine taps of an even row or column the last two meet the same repeated pixel, of an odd
+    one the first two: each of the four places in a 2×2 cell has a kernel of its own on the small
+    map.
+    """
+    first, centre, last = conv.weight.unbind(dim=2)
+    none = torch.zeros_like(first)
+    rows = ((first, centre + last, none), (none, first + centre, last))
+    kernels = []
+    for row in rows:
+        left, middle, right = torch.stack(row, dim=2).unbind(dim=3)
+        none = torch.zeros_like(left)
+        kernels.append(torch.stack([left, middle + right, none], dim=3))
+        kernels.append(torch.stack([none, left + middle, right], dim=3))
+    weight = torch.stack(kernels, dim=1).flatten(0, 1)  # (c2, 4 places) → pixel_shuffle's order
+    bias = None if conv.bias is None else conv.bias.repeat_interleave(4)
+    return F.pixel_shuffle(F.conv2d(hidden, weight, bias, padding=1), 2)
 
 
 def resampler(channels: int, resampling: Resampling, upsampling: Upsampling) -> nn.Module | None:
@@ -62,8 +81,8 @@ def resampler(channels: int, resampling: Resampling, upsampling: Upsampling) -> 
         return None
     if resampling == "down":
         return nn.Conv2d(channels, channels, 4, stride=2, padding=1)
-    if upsampling == "nearest_conv":
-        return NearestConv(channels)
+    if upsampling == "nearest":
+        return Enlarge()
     return nn.ConvTranspose2d(channels, channels, 4, stride=2, padding=1)
 
 
@@ -106,11 +125,21 @@ class ResNetBlock(nn.Module):
         """Return the block's features, resampled and with new channels where it says so."""
         scale_shift = self.time_projection(F.silu(time_embedding))[:, :, None, None]
         scale, shift = scale_shift.chunk(2, dim=1)
-        main = self.norm_1(hidden)
-        if self.resample_main is not None:
-            main = self.resample_main(main)
-        main = self.norm_2(self.conv_1(main)) * (scale + 1) + shift
+        main = self.resampled_conv(self.norm_1(hidden))
+        main = self.norm_2(main) * (scale + 1) + shift
         main = self.conv_2(self.dropout(F.silu(main)))
+        return main + self.shortcut(hidden)
+
+    def resampled_conv(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        """Return the first convolution of the resampled features."""
+        if isinstance(self.resample_main, Enlarge):
+            return conv_of_enlarged(hidden, self.conv_1)
+        return self.conv_1(hidden if self.resample_main is None else self.resample_main(hidden))
+
+    def shortcut(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
+        """Return the block's input in its output's size and channels."""
+        if isinstance(self.resample_shortcut, Enlarge):  # repeating and 1×1 commute
+            return self.resample_shortcut(cast(nn.Conv2d, self.conv_shortcut)(hidden))
         if self.resample_shortcut is not None:
             hidden = self.resample_shortcut(hidden)
-        return main + (hidden if self.conv_shortcut is None else self.conv_shortcut(hidden))
+        return hidden if self.conv_shortcut is None else self.conv_shortcut(hidden)

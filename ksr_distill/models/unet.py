@@ -38,7 +38,8 @@ class KSRUNet(ModelMixin, ConfigMixin):
         dropout: In every block; 0 for students and frozen trunks.
         predict_residual: Add the bilinearly enlarged lowres to the output, and start from exactly
             that (the last layer is zero). Off for the released weights.
-        upsampling: ``transposed_conv`` is the released layer; ``nearest_conv`` cannot checkerboard.
+        upsampling: ``transposed_conv`` is the released layer; ``nearest`` repeats pixels, which
+            is cheaper and does not checkerboard on flat features.
     """
 
     _supports_gradient_checkpointing = True

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from ksr_distill.models import KSRUNet
-from ksr_distill.models.blocks import sinusoidal_embedding
+from ksr_distill.models.blocks import Enlarge, conv_of_enlarged, sinusoidal_embedding
 from ksr_distill.models.weights import sr_unet_from_released
 from tests.golden import golden_shapes, golden_weights, load_golden
 
@@ -104,6 +105,15 @@ def test_impossible_layouts_are_refused_by_key(change, key):
 
 @torch.no_grad()
 def test_folder_gives_the_same_pixels(tmp_path):
-    unet = KSRUNet(**TINY, upsampling="nearest_conv").eval()
+    unet = KSRUNet(**TINY, upsampling="nearest").eval()
     unet.save_pretrained(tmp_path)
     assert torch.equal(KSRUNet.from_pretrained(tmp_path)(*inputs()), unet(*inputs()))
+
+
+@torch.no_grad()
+def test_a_convolution_of_repeated_pixels_needs_no_repeated_pixels():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, 3, padding=1).double()
+    small = torch.randn(2, 3, 4, 6, dtype=torch.float64)
+    expected = conv(Enlarge()(small))
+    torch.testing.assert_close(conv_of_enlarged(small, conv), expected, rtol=0, atol=1e-14)
