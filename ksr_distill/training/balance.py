@@ -21,16 +21,21 @@ class GradientBalance(nn.Module):
     Args:
         weights: By term; those of weight 0 are left out.
         enabled: If off, the terms are simply weighted.
+        floor: A norm counts for no less than this share of its largest so far: what is left of a
+            term that has done its work is not blown up to full strength.
     """
 
     mean_squares: Tensor
+    largest: Tensor
     num_turns: Tensor
 
-    def __init__(self, weights: Mapping[str, float], *, enabled: bool) -> None:
+    def __init__(self, weights: Mapping[str, float], *, enabled: bool, floor: float) -> None:
         super().__init__()
         self.weights = {name: weight for name, weight in weights.items() if weight}
         self.enabled = enabled
+        self.floor = floor
         self.register_buffer("mean_squares", torch.zeros(len(self.weights)))
+        self.register_buffer("largest", torch.zeros(len(self.weights)))
         self.register_buffer("num_turns", torch.zeros(()))
         self._measured: list[Tensor] = []
 
@@ -63,6 +68,7 @@ class GradientBalance(nn.Module):
         self.mean_squares.lerp_(kept, 1 - NORM_MEMORY)
         self.num_turns += 1
         norms = self.norms()
+        torch.maximum(self.largest, norms, out=self.largest)
         return {f"health/push_{name}": norms[i] for i, name in enumerate(self.weights)}
 
     def norms(self) -> Float[Tensor, " terms"]:
@@ -71,5 +77,5 @@ class GradientBalance(nn.Module):
         return (self.mean_squares / seen.clamp_min(1e-12)).sqrt()
 
     def _scale(self, index: int, numel: int) -> Float[Tensor, ""]:
-        norm = self.norms()[index]
+        norm = torch.maximum(self.norms(), self.floor * self.largest)[index]
         return torch.where(self.num_turns > 0, 1 / (norm * numel**0.5 + 1e-12), 0.0)

@@ -113,7 +113,11 @@ class DistillationModule(UpdateModule):
         self.game = game
         self.critic_terms = critic_terms
         self.student_terms = student_terms
-        self.balance = GradientBalance(student_terms.weights(), enabled=student_terms.balance)
+        self.balance = GradientBalance(
+            student_terms.weights(),
+            enabled=student_terms.balance,
+            floor=student_terms.balance_floor,
+        )
         self.scale = scale
         self.table: Table | None = None
         self.add_network("critic", critic.heads, critic_optim)

@@ -158,6 +158,8 @@ class StudentTerms:
         balance: Divide each term by the running norm of its gradient at pred_x_0, so that the
             weights are shares of the push on the picture. A Wasserstein loss with a zero-centred
             penalty has no scale of its own; without this, γ would silently set the mix.
+        balance_floor: A term's norm counts for no less than this share of its largest so far, so
+            that the leftover of a critic without an opinion is not amplified into a pattern.
     """
 
     adversarial: float
@@ -165,10 +167,13 @@ class StudentTerms:
     feature_matching: float
     lowres_consistency: float
     balance: bool
+    balance_floor: float
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
         check_types(self, "loss.student")
+        floor = self.balance_floor
+        require(0 <= floor <= 1, "loss.student.balance_floor", floor, "0 … 1")
         for name, weight in self.weights().items():
             require(weight >= 0, f"loss.student.{name}", weight, "≥ 0")
         require(any(self.weights().values()), "loss.student", self.weights(), "one weight > 0")

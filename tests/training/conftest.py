@@ -85,7 +85,7 @@ def make_module() -> Callable[..., OnePlayerBoard]:
             "critic_terms": CriticTerms(penalty="r1_head", penalty_weight=0.1, ar1_sigma=0.01,
                                         drift_weight=1e-3),
             "student_terms": StudentTerms(adversarial=1.0, l1=0.5, feature_matching=0.5,
-                                          lowres_consistency=0.25, balance=True),
+                                          lowres_consistency=0.25, balance=True, balance_floor=0.0),
             "scale": 2, "seed": 1, "num_updates": 100, "ema_decay": 0.999,
             "compile_networks": False, "record": {},
         }  # fmt: skip

@@ -190,7 +190,7 @@ def test_every_penalty_plays(make_module, penalty):
 
 def test_the_faithful_preset_is_adversarial_alone(make_module):
     terms = StudentTerms(adversarial=1.0, l1=0.0, feature_matching=0.0, lowres_consistency=0.0,
-                         balance=False)  # fmt: skip
+                         balance=False, balance_floor=0.0)  # fmt: skip
     module = make_module(student_terms=terms)
     before = weights(module)
     module.training_step(batch(), 0)

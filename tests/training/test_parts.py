@@ -44,7 +44,7 @@ def test_simulation_probability_ramps_between_its_ends():
 def test_a_student_without_terms_is_refused():
     with pytest.raises(ValueError, match="one weight > 0"):
         StudentTerms(adversarial=0.0, l1=0.0, feature_matching=0.0, lowres_consistency=0.0,
-                     balance=True)  # fmt: skip
+                     balance=True, balance_floor=0.0)  # fmt: skip
 
 
 def test_average_moves_by_one_minus_decay_and_not_when_skipped():
@@ -65,7 +65,7 @@ def test_decay_of_the_average_rises_to_its_end():
 def test_balanced_terms_push_by_their_weights_whatever_their_scale():
     image = torch.randn(2, 3, 4, 4, requires_grad=True)
     target = torch.randn(2, 3, 4, 4)
-    balance = GradientBalance({"small": 1.0, "large": 0.5, "off": 0.0}, enabled=True)
+    balance = GradientBalance({"small": 1.0, "large": 0.5, "off": 0.0}, enabled=True, floor=0.0)
 
     def losses():
         return {"small": 1e-6 * (image - target).square().mean(),
@@ -74,7 +74,7 @@ def test_balanced_terms_push_by_their_weights_whatever_their_scale():
     assert balance.push(losses(), image).abs().max() == 0  # the first turn measures
     balance.end_turn()
     both = balance.push(losses(), image)
-    alone = GradientBalance({"small": 1.0}, enabled=True)
+    alone = GradientBalance({"small": 1.0}, enabled=True, floor=0.0)
     alone.push({"small": losses()["small"]}, image)
     alone.end_turn()
     small = alone.push({"small": losses()["small"]}, image)
@@ -84,6 +84,23 @@ def test_balanced_terms_push_by_their_weights_whatever_their_scale():
     )
     large = (both - small).flatten(1).square().sum(1).mean().sqrt().item()
     assert large == pytest.approx(0.5 * 48**-0.5 / 2, rel=1e-3)
+
+
+def test_a_fading_term_is_not_blown_up_beyond_the_floor():
+    image = torch.randn(2, 3, 4, 4, requires_grad=True)
+
+    def pushes(floor: float) -> list[float]:
+        balance = GradientBalance({"fading": 1.0}, enabled=True, floor=floor)
+        norms = []
+        for turn in range(400):
+            loss = {"fading": (1.0 if turn < 20 else 0.01) * image.square().mean()}
+            norms.append(balance.push(loss, image).norm().item())
+            balance.end_turn()
+        return norms
+
+    free, floored = pushes(0.0), pushes(0.3)
+    assert free[-1] > 0.1 * free[10]  # what is left of it comes back to full strength
+    assert floored[-1] == pytest.approx(floored[10] * 0.01 / 0.3, rel=0.02)
 
 
 def test_auc_counts_pairs_and_halves_ties():
