@@ -109,7 +109,7 @@ class KSRUNet(ModelMixin, ConfigMixin):
             lowres: In [-1, 1]; enlarged bilinearly to x_t's size and concatenated after it.
         """
         self._check_size(x_t)
-        conditioned = torch.cat([x_t, enlarge(lowres, x_t)], dim=1)
+        conditioned = torch.cat([x_t, enlarge(lowres.to(x_t.dtype), x_t)], dim=1)
         hidden = self.conv_in(conditioned.to(self.conv_in.weight.dtype))
         time_embedding = self.time_embedding(t).to(hidden.dtype)
         levels = []
@@ -135,13 +135,15 @@ class KSRUNet(ModelMixin, ConfigMixin):
     ) -> Float[Tensor, "b 3 H W"]:
         """Return pred_x_0, the estimate of the clean image, unclamped.
 
+        In the weights' dtype, but float32 with ``predict_residual``.
+
         Args:
             t: Timesteps in [0, 1000).
             lowres: In [-1, 1]; any size, enlarged bilinearly to x_t's.
         """
         output = self.decode(self.encode(x_t, t, lowres))
-        if self.config.predict_residual:
-            return output + enlarge(lowres, output)
+        if self.config.predict_residual:  # in float32: a sum in bf16 would round to half levels
+            return output.float() + enlarge(lowres.float(), output)
         return output
 
     def _run(self, level: nn.ModuleList, hidden: Tensor, time_embedding: Tensor) -> Tensor:
@@ -163,8 +165,8 @@ class KSRUNet(ModelMixin, ConfigMixin):
 
 
 def enlarge(lowres: Float[Tensor, "b 3 h w"], like: Tensor) -> Float[Tensor, "b 3 H W"]:
-    """Return lowres at ``like``'s size and dtype: bilinear, align_corners off, no antialiasing."""
-    return F.interpolate(lowres.to(like.dtype), like.shape[-2:], mode="bilinear")
+    """Return lowres at ``like``'s size: bilinear, align_corners off, no antialiasing."""
+    return F.interpolate(lowres, like.shape[-2:], mode="bilinear")
 
 
 def check_unet_config(widths: Sequence[int], num_blocks: Sequence[int], num_groups: int) -> None:
