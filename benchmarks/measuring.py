@@ -1,0 +1,92 @@
+"""What the benchmarks share: the machine's own rate, times with the device waited for, results."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ksr_distill.training.observability import describe_machine, package_versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Times(NamedTuple):
+    """Seconds of one call.
+
+    Attributes:
+        seconds: Until the device has finished; the median of the repeats.
+        host_seconds: Until the host had issued the work; near ``seconds``, the host is the limit.
+        spread: Slowest repeat over the fastest.
+        peak_gb: Device memory at its highest.
+    """
+
+    seconds: float
+    host_seconds: float
+    spread: float
+    peak_gb: float
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_calls(
+    call: Callable[[], None], *, calls: int, repeats: int, device: torch.device
+) -> Times:
+    """Return the times of one call, from several in a row; warm up before."""
+    wait_for(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds, host = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        host.append((time.perf_counter() - start) / calls)
+        wait_for(device)
+        seconds.append((time.perf_counter() - start) / calls)
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
+    median = statistics.median(seconds)
+    return Times(median, statistics.median(host), max(seconds) / min(seconds), peak)
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Return the FLOP/s of a large bf16 product of random matrices: the ceiling of this run."""
+    side, calls = (8192, 10) if device.type == "cuda" else (512, 3)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+
+    def multiply() -> None:
+        torch.mm(a, b)
+
+    time_calls(multiply, calls=3, repeats=1, device=device)
+    times = time_calls(multiply, calls=calls, repeats=5, device=device)
+    return 2 * side**3 / times.seconds
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Say how long a part of the benchmark took."""
+    start = time.perf_counter()
+    yield
+    print(f"[{time.perf_counter() - start:6.1f} s] {name}", flush=True)
+
+
+def write_results(path: Path, results: dict[str, Any]) -> None:
+    """Write results with the machine, the versions and the date."""
+    machine = describe_machine()
+    stamp = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": machine["gpus"] or f"{machine['num_cpus']} CPU cores",
+        "versions": package_versions(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**results, **stamp}, indent=1, ensure_ascii=False) + "\n")
+    print(path)
