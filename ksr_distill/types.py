@@ -50,3 +50,14 @@ class NoiseSource(Protocol):
     def __call__(self, draw: int) -> Float[Tensor, "b c H W"]:
         """Return the noise of draw 0, 1, 2, …; the same index gives the same noise."""
         ...
+
+
+@runtime_checkable
+class StepObserver(Protocol):
+    """Who is shown every step of a sampler, and may change what the next one starts from."""
+
+    def __call__(
+        self, step: int, timestep: int, pred_x_0: Float[Tensor, "b 3 H W"], /
+    ) -> Float[Tensor, "b 3 H W"] | None:
+        """Return what replaces pred_x_0, or nothing; steps are counted from 0."""
+        ...

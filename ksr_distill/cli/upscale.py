@@ -22,10 +22,12 @@ def register(app: typer.Typer) -> None:
 def upscale(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a folder of them.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="A file, or a folder: same tree.")],
-    model: Annotated[Path, typer.Option(help="A model folder (ksr export, ksr convert flash).")],
+    model: Annotated[
+        Path, typer.Option(help="A model folder (ksr export, ksr convert flash or teacher).")
+    ],
     scale: Annotated[float, typer.Option("-s", "--scale", help="Any number ≥ 1.")] = 2.0,
     steps: Annotated[
-        int | None, typer.Option(help="Student steps: 1, 2, 4, 8. Default: the model's own.")
+        int | None, typer.Option(help="Sampling steps. Default: the model's own.")
     ] = None,
     refine_steps: Annotated[int, typer.Option(help="Refiner steps after each pass: 0, 1, 2.")] = 0,
     match_colours: Annotated[

@@ -1,13 +1,13 @@
 """The one few-step sampling loop: training's roll-outs, previews, evaluation and the pipeline."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ksr_distill.diffusion.schedule import NoiseSchedule
-from ksr_distill.types import Denoiser, NoiseSource
+from ksr_distill.types import Denoiser, NoiseSource, StepObserver
 
 FIRST_STUDENT_TIMESTEP = 979
 """Where the released student starts (KandiSuperRes, ``diffusion_sr_turbo``)."""
@@ -47,7 +47,7 @@ def sample_few_steps(
     timesteps: Sequence[int],
     schedule: NoiseSchedule,
     draw_noise: NoiseSource,
-    on_step: Callable[[int, int, Tensor], None] | None = None,
+    on_step: StepObserver | None = None,
 ) -> Float[Tensor, "b 3 H W"]:
     """Return pred_x_0 after the last of a few steps: re-noise, estimate, repeat.
 
@@ -57,13 +57,13 @@ def sample_few_steps(
     Args:
         draw_noise: Draw 0 is the start, draw i + 1 is the noise of step i; its shape is the
             output's.
-        on_step: Called with (step index, t, pred_x_0) after each step.
+        on_step: Sees each step, and may replace its pred_x_0.
     """
     pred_x_0 = draw_noise(0)
     for i, timestep in enumerate(timesteps):
         t = torch.full((pred_x_0.shape[0],), timestep, device=pred_x_0.device)
         x_t = schedule.add_noise(pred_x_0, draw_noise(i + 1), t)
         pred_x_0 = denoise(x_t, t, lowres).float()
-        if on_step is not None:
-            on_step(i, timestep, pred_x_0)
+        replaced = None if on_step is None else on_step(i, timestep, pred_x_0)
+        pred_x_0 = pred_x_0 if replaced is None else replaced
     return pred_x_0

@@ -4,7 +4,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -47,7 +47,7 @@ def load_model_folder(path: Path, *, scale: int, device: torch.device, half: boo
     class_name = index.get("_class_name")  # a self-contained folder names a module before it
     class_name = class_name[-1] if isinstance(class_name, list) else class_name
     if class_name == KSRFlashPipeline.__name__:
-        pipeline = load_pipeline(path, device=device, fp32=not half)
+        pipeline = cast(KSRFlashPipeline, load_pipeline(path, device=device, fp32=not half))
         pipeline.sr.eval()
         return ModelFolder(pipeline, "student", None)
     unet = _load_unet(path / "sr" if index else path).eval()

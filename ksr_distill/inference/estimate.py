@@ -11,9 +11,8 @@ import torch
 
 from ksr_distill.inference.memory import working_bytes
 from ksr_distill.inference.noise import Window
-from ksr_distill.inference.passes import TilePass, Tiling
+from ksr_distill.inference.passes import TilePass, Tiling, plan_passes
 from ksr_distill.inference.pictures import Picture
-from ksr_distill.inference.tiles import TilePlan
 from ksr_distill.inference.workspace import tile_bytes
 
 PROGRAM_BYTES = 450_000_000
@@ -66,17 +65,6 @@ class Estimate:
             f"{self.width}×{self.height} px in {passes}, {tiles}; {duration}"
             f"{as_size(self.memory_bytes)} of memory, up to {disk}"
         )
-
-
-def plan_passes(
-    height: int, width: int, passes: Sequence[TilePass], tiling: Tiling
-) -> list[TilePlan]:
-    """Return each pass's tiles for a source of this size."""
-    plans = []
-    for tile_pass in passes:
-        height, width = height * tile_pass.factor, width * tile_pass.factor
-        plans.append(tiling.plan(height, width, tile_pass))
-    return plans
 
 
 def estimate_job(

@@ -1,21 +1,27 @@
 """What Python holds a picture in (PIL, numpy, torch), to rasters and back."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
-import pyvips
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from ksr_distill.inference.pictures import bleed
 from ksr_distill.inference.rasters import Raster, ResampledRaster, TensorRaster, strips
 
 ImageLike = PIL.Image.Image | np.ndarray | Tensor
 Pictures = ImageLike | Sequence[ImageLike]
 
 ROWS_AT_ONCE = 256
+
+BLUR_SIGMAS_PX = (32.0, 8.0, 2.0)
+"""How far colour bleeds into transparent places, far to near."""
+
+BLUR_LEAST_WEIGHT = 0.2
+"""Where the blur's kernel ends, as in libvips."""
 
 
 def as_rasters(image: Pictures) -> list[Raster]:
@@ -46,13 +52,41 @@ def pil_to_tensor(image: PIL.Image.Image) -> Float[Tensor, "3 h w"]:
     ``convert("RGB")`` would clip 16-bit grey to 255, and show what hides under transparency.
     """
     if image.has_transparency_data:
-        rgba = pyvips.Image.new_from_array(np.asarray(image.convert("RGBA")))
-        visible = bleed(rgba.extract_band(0, n=3), rgba.extract_band(3), 255.0)
-        return array_to_tensor(visible.numpy())
+        rgba = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1).float() / 255
+        return visible_colour(rgba[:3], rgba[3:]) * 2 - 1
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.float32)[:, :, None] / 65535
         return array_to_tensor(np.repeat(grey, 3, axis=2))
     return array_to_tensor(np.asarray(image.convert("RGB")))
+
+
+def visible_colour(
+    colour: Float[Tensor, "3 h w"], alpha: Float[Tensor, "1 h w"]
+) -> Float[Tensor, "3 h w"]:
+    """Return colours of [0, 1] where wholly transparent places have those next to them.
+
+    ``pictures.bleed`` does it to files with libvips, in little memory. This module needs torch
+    alone, because it travels in self-contained model folders.
+    """
+    if float(alpha.min()) > 0 or float(alpha.max()) == 0:
+        return colour * alpha.sign()
+    weighted = torch.cat([colour * alpha, alpha])
+    mean = weighted.mean(dim=(1, 2), keepdim=True)
+    fill = (mean[:3] / mean[3:]).expand_as(colour)
+    for sigma in BLUR_SIGMAS_PX:
+        near = blurred(weighted, sigma)
+        fill = torch.where(near[3:] > 1e-3, near[:3] / (near[3:] + 1e-6), fill)
+    return torch.where(alpha > 0, colour, fill.clamp(0, 1))
+
+
+def blurred(pixels: Float[Tensor, "c h w"], sigma: float) -> Float[Tensor, "c h w"]:
+    """Return a Gaussian blur; the edges are repeated."""
+    reach = int(sigma * (-2 * math.log(BLUR_LEAST_WEIGHT)) ** 0.5)
+    kernel = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(len(pixels), 1, 1, -1)
+    padded = F.pad(pixels[None], (reach, reach, reach, reach), mode="replicate")
+    across = F.conv2d(padded, kernel, groups=len(pixels))
+    return F.conv2d(across, kernel.mT, groups=len(pixels))[0]
 
 
 def alphas(image: Pictures) -> list[Raster | None]:

@@ -13,8 +13,18 @@ from safetensors import SafetensorError
 from ksr_distill.inference.estimate import as_size
 from ksr_distill.inference.memory import free_memory_bytes
 from ksr_distill.inference.pipeline import KSRFlashPipeline
+from ksr_distill.inference.teacher import KSRTeacherPipeline
 
 logger = logging.getLogger(__name__)
+
+Pipeline = KSRFlashPipeline | KSRTeacherPipeline
+
+PIPELINES: dict[str, type[Pipeline]] = {
+    pipeline_class.__name__: pipeline_class
+    for pipeline_class in (KSRFlashPipeline, KSRTeacherPipeline)
+}
+
+HALF_DTYPES = {"default": torch.float16, "movq": torch.float32}
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -33,8 +43,8 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> KSRFlashPipeline:
-    """Return the pipeline of a model folder.
+def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> Pipeline:
+    """Return the pipeline of a model folder, a student's or a teacher's.
 
     Half precision on accelerators, with MoVQ in float32 as the released system runs it; float32 on
     a CPU, which computes half precision slower. Weights that do not fit into the accelerator
@@ -44,21 +54,20 @@ def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> 
         ValueError: If the folder is not a whole pipeline of ours.
     """
     class_name = _class_name(folder)
-    if class_name != KSRFlashPipeline.__name__:
+    if class_name not in PIPELINES:
         raise ValueError(
-            f"{folder} holds a {class_name}; ksr upscale runs a {KSRFlashPipeline.__name__}, made "
-            "by ksr export or ksr convert flash"
+            f"{folder} holds a {class_name}; known are {', '.join(PIPELINES)}, made by ksr export, "
+            "ksr convert flash or ksr convert teacher"
         )
     diffusers_logging.disable_progress_bar()
     half = device.type != "cpu" and not fp32
-    dtype = {"default": torch.float16, "movq": torch.float32} if half else torch.float32
     try:
         with warnings.catch_warnings():
             # diffusers renames this argument; both names have to work over our range of versions.
             warnings.simplefilter("ignore", FutureWarning)
-            pipeline = KSRFlashPipeline.from_pretrained(
+            pipeline = PIPELINES[class_name].from_pretrained(
                 folder,
-                torch_dtype=dtype,
+                torch_dtype=HALF_DTYPES if half else torch.float32,
                 variant=_variant(folder, half=half),
                 use_safetensors=True,
                 local_files_only=True,
@@ -90,7 +99,7 @@ def _variant(folder: Path, *, half: bool) -> str | None:
     return "fp16" if halves and (half or len(halves) == len(names)) else None
 
 
-def _placed(pipeline: KSRFlashPipeline, device: torch.device) -> KSRFlashPipeline:
+def _placed(pipeline: Pipeline, device: torch.device) -> Pipeline:
     models = [m for m in pipeline.components.values() if isinstance(m, ModelMixin)]
     needed = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     if device.type == "cuda" and needed > 0.6 * free_memory_bytes(device):

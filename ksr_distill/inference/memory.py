@@ -8,6 +8,7 @@ from torch import nn
 
 from ksr_distill.inference.passes import SuperResolutionPass, TilePass
 from ksr_distill.inference.refine import MOVQ_TILE_PX, RefinerPass
+from ksr_distill.inference.teacher_pass import TeacherPass
 
 ACTIVATIONS_PER_PX = {"cpu": 10, "cuda": 16}
 """Peak memory of the U-Net's forward in units of (pixels · base channels): 5.6 to 10.5 in float32
@@ -23,6 +24,8 @@ def working_bytes(tile_pass: TilePass, tile_px: int, batch: int) -> int:
         tile_px, channels = min(tile_px, MOVQ_TILE_PX), tile_pass.movq.config.block_out_channels[0]
     elif isinstance(tile_pass, SuperResolutionPass):
         channels = tile_pass.denoise.config.base_channels
+    elif isinstance(tile_pass, TeacherPass):
+        return weights + tile_pass.working_bytes(tile_px)
     else:
         return weights
     per_px = ACTIVATIONS_PER_PX.get(tile_pass.device.type, 16)
@@ -33,9 +36,13 @@ def largest_fitting_tile(tile_pass: TilePass, device: torch.device) -> int:
     """Return the largest tile whose work fits into four fifths of the free memory.
 
     On a GPU up to 2048 px, which makes 1024² → 2048² one tile; a CPU gains nothing beyond 1024.
+    A teacher's tiles are larger, because its windows meet only inside of one.
     """
     budget = 0.8 * free_memory_bytes(device)
-    sides = (2048, 1024, 512, 256) if device.type == "cuda" else (1024, 512, 256)
+    largest = 2048 if device.type == "cuda" else 1024
+    if isinstance(tile_pass, TeacherPass):
+        largest = tile_pass.largest_tile_px
+    sides = [side for side in (4096, 2048, 1024, 512, 256) if side <= largest]
     return next((s for s in sides if working_bytes(tile_pass, s, 1) <= budget), sides[-1])
 
 

@@ -15,7 +15,7 @@ from ksr_distill.diffusion import NoiseSchedule, sample_few_steps
 from ksr_distill.inference.noise import PlaceNoise, Window
 from ksr_distill.inference.rasters import Raster, read_reflected
 from ksr_distill.inference.tiles import BlendedRaster, MemoryStore, TilePlan, TileStore, plan_tiles
-from ksr_distill.types import Denoiser
+from ksr_distill.types import Denoiser, StepObserver
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class SuperResolutionPass:
     align: int
     device: torch.device
     dtype: torch.dtype
-    on_step: Callable[[int, int, Tensor], None] | None = None
+    on_step: StepObserver | None = None
     largest_tile_px: int | None = None
 
     @property
@@ -143,6 +143,17 @@ class Tiling:
             )
         overlap_px = None if self.overlap_px is None else min(self.overlap_px, half // 4)
         return Tiling(half, overlap_px, 1)
+
+
+def plan_passes(
+    height: int, width: int, passes: Sequence[TilePass], tiling: Tiling
+) -> list[TilePlan]:
+    """Return each pass's tiles for a source of this size."""
+    plans = []
+    for tile_pass in passes:
+        height, width = height * tile_pass.factor, width * tile_pass.factor
+        plans.append(tiling.plan(height, width, tile_pass))
+    return plans
 
 
 OpenStore = Callable[[TilePass, TilePlan], TileStore]

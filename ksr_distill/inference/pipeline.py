@@ -1,32 +1,26 @@
 """The pipeline: a model folder and a picture in, a larger picture out."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline, VQModel
+from diffusers import VQModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from torch import Tensor
 
 from ksr_distill.diffusion import student_timesteps as evenly_spread_timesteps
-from ksr_distill.inference.images import Pictures, alphas, as_rasters, from_rasters
-from ksr_distill.inference.memory import largest_fitting_tile
+from ksr_distill.inference.enlarging import EnlargingPipeline, StepCallback, num_passes
+from ksr_distill.inference.images import Pictures
 from ksr_distill.inference.noise import PlaceNoise
-from ksr_distill.inference.passes import (
-    SuperResolutionPass,
-    TilePass,
-    Tiling,
-    run_passes,
-)
-from ksr_distill.inference.rasters import Raster, ResampledRaster
+from ksr_distill.inference.passes import SuperResolutionPass, TilePass, Tiling
 from ksr_distill.inference.refine import RefinerPass, refine_timesteps
 from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
+from ksr_distill.types import StepObserver
 
-StepCallback = Callable[[DiffusionPipeline, int, int, dict[str, Tensor]], object]
+COLOUR_CELL_PX = 64
+"""Over how many pixels ``match_colours`` averages: one latent of the refiner's coarsest level."""
 
 
-class KSRFlashPipeline(DiffusionPipeline):
+class KSRFlashPipeline(EnlargingPipeline):
     """Few-step super-resolution, with an optional refiner after each doubling.
 
     Pictures of any size and any scale ≥ 1: passes of the model's own scale until the size is
@@ -56,20 +50,8 @@ class KSRFlashPipeline(DiffusionPipeline):
         scale: int = 2,
     ) -> None:
         super().__init__()
-        for component in (sr, refiner, movq, context):
-            if component is not None:
-                align_weights(component)
         self.register_modules(sr=sr, refiner=refiner, movq=movq, context=context)
         self.register_to_config(student_timesteps=list(student_timesteps), scale=scale)
-
-    def register_to_config(self, **kwargs: object) -> None:
-        """Record our classes by the room they are imported from: that path is public for good."""
-        super().register_to_config(**{name: public_path(value) for name, value in kwargs.items()})
-
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Return model_index.json, with this package's classes where a folder brings its own."""
-        return own_classes(cast(dict[str, Any], super().load_config(*args, **kwargs)))
 
     @torch.no_grad()
     def __call__(  # noqa: PLR0913 - what a user may choose, all by keyword
@@ -86,6 +68,7 @@ class KSRFlashPipeline(DiffusionPipeline):
         tile_batch_size: int = 1,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("pred_x_0",),
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:
         """Return the pictures enlarged.
@@ -107,55 +90,26 @@ class KSRFlashPipeline(DiffusionPipeline):
             tile_batch_size: Tiles at once; changes the speed and the memory.
             output_type: ``pil`` (with the transparency of a PIL source), ``np`` ((b, H, W, 3) in
                 [0, 1]) or ``pt`` ((b, 3, H, W) in [0, 1], on the CPU); lists where sizes differ.
-            callback_on_step_end: Called with (pipeline, index, t, {"pred_x_0": …}) after each
-                step of each batch of tiles.
+            callback_on_step_end: Called with (pipeline, step, t, tensors) after each of the
+                student's steps on each batch of tiles; a "pred_x_0" that it returns is taken
+                instead. A callback object of diffusers will do, too.
+            callback_on_step_end_tensor_inputs: Which of ``_callback_tensor_inputs`` it is shown.
         """
-        sources = as_rasters(image)
-        self.check_inputs(scale, refine_steps, output_type)
+        self._num_timesteps = len(self._timesteps(num_inference_steps))
         if tile_px is None:
-            tile_px = largest_fitting_tile(self.passes(1, seed=0)[0], self._execution_device)
-        tiling = Tiling(tile_px, overlap_px, tile_batch_size)
-        results = [
-            self.enlarge(
-                source,
-                scale,
-                seed=seed,
-                tiling=tiling,
-                num_inference_steps=num_inference_steps,
-                refine_steps=refine_steps,
-                match_colours=match_colours,
-                on_step=self._step_counter(callback_on_step_end),
-            )
-            for source, seed in zip(sources, draw_seeds(generator, len(sources)), strict=True)
-        ]
-        images = from_rasters(results, output_type, alphas(image))
-        self.maybe_free_model_hooks()
-        # diffusers' annotation forgets that its own pipelines put tensors here, too.
-        return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
-
-    def enlarge(
-        self,
-        source: Raster,
-        scale: float | int | None = None,
-        *,
-        seed: int,
-        tiling: Tiling,
-        num_inference_steps: int | None = None,
-        refine_steps: int = 0,
-        match_colours: bool = False,
-        on_step: Callable[[int, int, Tensor], None] | None = None,
-    ) -> Raster:
-        """Return a raster enlarged, tile by tile, in memory."""
-        scale = self.config.scale if scale is None else scale
-        passes = self.passes(
+            tile_px = self._default_tile_px()
+        return self._enlarge_all(
+            image,
             scale,
-            seed=seed,
+            tiling=Tiling(tile_px, overlap_px, tile_batch_size),
+            generator=generator,
+            output_type=output_type,
+            return_dict=return_dict,
             num_inference_steps=num_inference_steps,
             refine_steps=refine_steps,
             match_colours=match_colours,
-            on_step=on_step,
+            on_step=self._observer(callback_on_step_end, callback_on_step_end_tensor_inputs),
         )
-        return resized(run_passes(source, passes, tiling=tiling), source, scale)
 
     def passes(
         self,
@@ -165,12 +119,12 @@ class KSRFlashPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         refine_steps: int = 0,
         match_colours: bool = False,
-        on_step: Callable[[int, int, Tensor], None] | None = None,
+        on_step: StepObserver | None = None,
     ) -> list[TilePass]:
         """Return the passes that reach or exceed the scale, for ``run_passes``."""
-        timesteps = self.config.student_timesteps
-        if num_inference_steps is not None:
-            timesteps = evenly_spread_timesteps(num_inference_steps)
+        self.check_scale(scale)
+        self._check_refine_steps(refine_steps)
+        timesteps = self._timesteps(num_inference_steps)
         passes: list[TilePass] = []
         for _ in range(num_passes(scale, self.config.scale)):
             passes.append(
@@ -199,10 +153,12 @@ class KSRFlashPipeline(DiffusionPipeline):
                 )
         return passes
 
-    def check_inputs(self, scale: float | int | None, refine_steps: int, output_type: str) -> None:
-        """Refuse what cannot be done, by its argument's name."""
-        if scale is not None and not (scale >= 1 and math.isfinite(scale)):
-            raise ValueError(f"scale={scale} is no enlargement; use any number ≥ 1")
+    def _timesteps(self, num_inference_steps: int | None) -> Sequence[int]:
+        if num_inference_steps is None:
+            return self.config.student_timesteps
+        return evenly_spread_timesteps(num_inference_steps)
+
+    def _check_refine_steps(self, refine_steps: int) -> None:
         if refine_steps not in (0, 1, 2):
             raise ValueError(f"refine_steps={refine_steps} is not one of 0, 1, 2")
         if refine_steps and None in (self.refiner, self.movq, self.context):
@@ -210,91 +166,3 @@ class KSRFlashPipeline(DiffusionPipeline):
                 f"refine_steps={refine_steps} needs a refiner, movq and context, which this model "
                 "folder lacks; use refine_steps=0, or make the folder with ksr convert flash"
             )
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type={output_type!r} is not one of pil, np, pt")
-
-    def _step_counter(
-        self, callback: StepCallback | None
-    ) -> Callable[[int, int, Tensor], None] | None:
-        """Return an observer that numbers the steps through all tiles and passes."""
-        if callback is None:
-            return None
-        count = 0
-
-        def on_step(_: int, timestep: int, pred_x_0: Tensor) -> None:
-            nonlocal count
-            callback(self, count, timestep, {"pred_x_0": pred_x_0})
-            count += 1
-
-        return on_step
-
-
-COLOUR_CELL_PX = 64
-"""Over how many pixels ``match_colours`` averages: one latent of the refiner's coarsest level."""
-
-MODELS = "ksr_distill.models"
-
-
-def public_path(value: object) -> object:
-    """Return (module, class) with our inner modules left out, and anything else as it is."""
-    if isinstance(value, tuple) and str(value[0]).startswith(f"{MODELS}."):
-        return (MODELS, *value[1:])
-    return value
-
-
-def own_classes(index: dict[str, Any]) -> dict[str, Any]:
-    """Return the index of a self-contained folder as if it were a plain one.
-
-    Such a folder carries copies of our code for those who lack the package; whoever has it needs
-    no ``trust_remote_code``. The copies themselves leave the index as it is.
-    """
-    if not __name__.startswith("ksr_distill."):
-        return index
-    own = {
-        name: [MODELS, value[1]] if isinstance(value, list) and value[0] == "models" else value
-        for name, value in index.items()
-    }
-    class_name = own.get("_class_name")
-    return own | {"_class_name": class_name[-1] if isinstance(class_name, list) else class_name}
-
-
-def align_weights(module: torch.nn.Module) -> None:
-    """Move weights that lie at odd addresses of a CPU.
-
-    safetensors maps a file, and its tensors begin where they begin; oneDNN then takes other
-    kernels, and a loaded model differs from the saved one by 1e-6 (measured). 64 bytes are a
-    cache line and torch's own alignment.
-    """
-    for parameter in module.parameters():
-        if parameter.device.type == "cpu" and parameter.data_ptr() % 64:
-            parameter.data = parameter.data.clone()
-
-
-def num_passes(scale: float | int, factor: int) -> int:
-    """Return how many passes of a factor reach the scale: at least one, which also cleans up."""
-    passes, reached = 1, factor
-    while reached < scale:
-        passes, reached = passes + 1, reached * factor
-    return passes
-
-
-def resized(enlarged: Raster, source: Raster, scale: float | int) -> Raster:
-    """Return the raster at the source's size times the scale, to the nearest pixel."""
-    height, width = round(source.height * scale), round(source.width * scale)
-    if (enlarged.height, enlarged.width) == (height, width):
-        return enlarged
-    return ResampledRaster(enlarged, height, width)
-
-
-def draw_seeds(
-    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
-) -> list[int]:
-    """Return a seed for each picture; without a generator, from torch's global one."""
-    generators: list[torch.Generator | None]
-    generators = list(generator) if isinstance(generator, Sequence) else [generator] * count
-    if len(generators) != count:
-        raise ValueError(f"generator is a list of {len(generators)} for {count} pictures")
-    return [
-        int(torch.randint(2**62, (), generator=g, device="cpu" if g is None else g.device))
-        for g in generators
-    ]

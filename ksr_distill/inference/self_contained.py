@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
-from ksr_distill.inference.pipeline import MODELS
+from ksr_distill.inference.enlarging import MODELS
 
 PACKAGE = "ksr_distill"
 INDEX = "model_index.json"

@@ -1,42 +1,21 @@
 """The teacher as a pipeline: five DPM-Solver steps, windows averaged after each."""
 
-import logging
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from jaxtyping import Float
-from torch import Tensor
 
-from ksr_distill.diffusion import sample_teacher, window_views
-from ksr_distill.inference.images import Pictures, as_rasters, from_rasters
-from ksr_distill.inference.noise import PlaceNoise, Window
-from ksr_distill.inference.passes import is_out_of_memory
-from ksr_distill.inference.pipeline import (
-    align_weights,
-    draw_seeds,
-    num_passes,
-    own_classes,
-    public_path,
-    resized,
-)
-from ksr_distill.inference.rasters import Raster, TensorRaster, read_reflected
+from ksr_distill.inference.enlarging import EnlargingPipeline, num_passes
+from ksr_distill.inference.images import Pictures
+from ksr_distill.inference.noise import PlaceNoise
+from ksr_distill.inference.passes import TilePass, Tiling
+from ksr_distill.inference.teacher_pass import TeacherPass
 from ksr_distill.models import KSRUNet
 
-logger = logging.getLogger(__name__)
 
-FEATURE_MAPS_AT_ONCE = 16
-"""Memory of one view, in feature maps of the first level. The released pipeline's peak at 2048²
-is 17.7 GB, weights and all (one H200): 16.5 such maps of 128 channels in half precision."""
-
-SHARE_OF_FREE_MEMORY = 0.8
-
-
-class KSRTeacherPipeline(DiffusionPipeline):
+class KSRTeacherPipeline(EnlargingPipeline):
     """The undistilled model: slower than its student, and the measure of it.
 
     Pictures of any size and any scale ≥ 1, as in ``KSRFlashPipeline``; windows cover what is
@@ -61,7 +40,6 @@ class KSRTeacherPipeline(DiffusionPipeline):
         stride_px: int = 800,
     ) -> None:
         super().__init__()
-        align_weights(sr)
         self.register_modules(sr=sr)
         self.register_to_config(
             scale=scale,
@@ -69,15 +47,6 @@ class KSRTeacherPipeline(DiffusionPipeline):
             window_px=window_px,
             stride_px=stride_px,
         )
-
-    def register_to_config(self, **kwargs: object) -> None:
-        """Record our classes by the room they are imported from: that path is public for good."""
-        super().register_to_config(**{name: public_path(value) for name, value in kwargs.items()})
-
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Return model_index.json, with this package's classes where a folder brings its own."""
-        return own_classes(cast(dict[str, Any], super().load_config(*args, **kwargs)))
 
     @torch.no_grad()
     def __call__(
@@ -99,93 +68,50 @@ class KSRTeacherPipeline(DiffusionPipeline):
             num_inference_steps: DPM-Solver steps; by default the folder's.
             view_batch_size: Windows denoised at once; by default what the free memory holds.
             generator: One for all pictures, or one each.
-            output_type: ``pil``, ``np`` or ``pt``.
+            output_type: ``pil`` (with the transparency of a PIL source), ``np`` or ``pt``.
         """
-        scale = self.config.scale if scale is None else scale
-        if not (scale >= 1 and math.isfinite(scale)):
-            raise ValueError(f"scale={scale} is no enlargement; use any number ≥ 1")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type={output_type!r} is not one of pil, np, pt")
+        return self._enlarge_all(
+            image,
+            scale,
+            tiling=Tiling(self._default_tile_px()),
+            generator=generator,
+            output_type=output_type,
+            return_dict=return_dict,
+            num_inference_steps=num_inference_steps,
+            view_batch_size=view_batch_size,
+        )
+
+    def passes(
+        self,
+        scale: float | int,
+        *,
+        seed: int,
+        num_inference_steps: int | None = None,
+        view_batch_size: int | None = None,
+    ) -> list[TilePass]:
+        """Return the passes that reach or exceed the scale, for ``run_passes``."""
+        self.check_scale(scale)
         if view_batch_size is not None and view_batch_size < 1:
             raise ValueError(f"view_batch_size={view_batch_size} is below 1")
-        steps = num_inference_steps or self.config.num_inference_steps
-        sources = as_rasters(image)
-        results = []
-        for source, seed in zip(sources, draw_seeds(generator, len(sources)), strict=True):
-            enlarged: Raster = source
-            for stage in range(num_passes(scale, self.config.scale)):
-                noise = PlaceNoise(seed, stage)
-                enlarged = self._enlarge_once(enlarged, noise, steps, view_batch_size)
-            results.append(resized(enlarged, source, scale))
-        images: Any = from_rasters(results, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _enlarge_once(
-        self, source: Raster, noise: PlaceNoise, num_inference_steps: int, batch: int | None
-    ) -> TensorRaster:
-        """Return the raster enlarged by the model's own factor, in memory."""
-        factor, device = self.config.scale, self._execution_device
-        align = math.lcm(self.sr.stride, factor)
-        height, width = (
-            math.ceil(side * factor / align) * align for side in (source.height, source.width)
-        )
-        lowres = read_reflected(source, Window(0, 0, height // factor, width // factor))
-        start = noise.draw(0, Window(0, 0, height, width), device=device)
-        sample = self._sample(lowres[None].to(device), start[None], num_inference_steps, batch)
-        pixels = sample[0, :, : source.height * factor, : source.width * factor]
-        return TensorRaster(pixels.clamp(-1, 1).cpu())
-
-    def _sample(
-        self,
-        lowres: Float[Tensor, "1 3 h w"],
-        start: Float[Tensor, "1 3 H W"],
-        num_inference_steps: int,
-        batch: int | None,
-    ) -> Float[Tensor, "1 3 H W"]:
-        """Return the sample; where memory runs out after all, with half the views at once."""
         config = self.config
-        windows = {"window_px": config.window_px, "stride_px": config.stride_px}
-        num_views = len(window_views(*start.shape[-2:], **windows))
-        batch = min(batch or self.affordable_views(start.device), num_views)
-        while True:
-            try:
-                return sample_teacher(
-                    self.sr,
-                    lowres,
-                    start=start,
-                    num_inference_steps=num_inference_steps,
-                    view_batch_size=batch,
-                    **windows,
-                )
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or batch == 1:
-                    raise
-            batch //= 2
-            logger.warning("out of memory: going on with view_batch_size=%d", batch)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-    def affordable_views(self, device: torch.device) -> int:
-        """Return how many windows the device's free memory holds at once.
-
-        A CPU gains nothing by a batch and would round otherwise, so it takes them one by one.
-        """
-        if device.type != "cuda":
-            return 1
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return views_that_fit(
-            free_bytes,
-            window_px=self.config.window_px,
-            channels=self.sr.level_channels[0],
-            itemsize=self.sr.dtype.itemsize,
-        )
-
-
-def views_that_fit(free_bytes: int, *, window_px: int, channels: int, itemsize: int) -> int:
-    """Return the number of windows whose feature maps fit into the free memory; at least one."""
-    bytes_per_view = FEATURE_MAPS_AT_ONCE * window_px**2 * channels * itemsize
-    return max(1, int(SHARE_OF_FREE_MEMORY * free_bytes) // bytes_per_view)
+        steps = config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        if steps < 1:
+            raise ValueError(f"num_inference_steps={steps} is below 1")
+        passes: list[TilePass] = [
+            TeacherPass(
+                denoise=self.sr,
+                num_inference_steps=steps,
+                noise=PlaceNoise(seed, stage),
+                factor=config.scale,
+                align=math.lcm(self.sr.stride, config.scale),
+                device=self._execution_device,
+                window_px=config.window_px,
+                stride_px=config.stride_px,
+                view_batch_size=view_batch_size,
+            )
+            for stage in range(num_passes(scale, config.scale))
+        ]
+        return passes
 
 
 def scale_of_released_file(name: str) -> int:

@@ -7,12 +7,14 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from ksr_distill.inference.deepzoom import check_replaceable
+from ksr_distill.inference.enlarging import draw_seeds, resized
 from ksr_distill.inference.estimate import Estimate, check_disk, estimate_job
 from ksr_distill.inference.jobs import Job, Shard
 from ksr_distill.inference.memory import largest_fitting_tile
 from ksr_distill.inference.passes import TilePass, Tiling, run_passes, wait_until_whole
 from ksr_distill.inference.pictures import Picture, open_picture
-from ksr_distill.inference.pipeline import KSRFlashPipeline, draw_seeds, resized
+from ksr_distill.inference.pipeline import KSRFlashPipeline
+from ksr_distill.inference.teacher import KSRTeacherPipeline
 from ksr_distill.inference.tiles import BlendedRaster
 from ksr_distill.inference.workspace import Workspace, file_fingerprint, weights_fingerprint
 from ksr_distill.inference.writing import FORMATS, check_target, write_picture
@@ -64,7 +66,7 @@ class Upscaler:
         measure: Times the passes for large jobs; null prints no time.
     """
 
-    pipeline: KSRFlashPipeline
+    pipeline: KSRFlashPipeline | KSRTeacherPipeline
     settings: Settings
     shard: Shard
     measure: Callable[[list[TilePass]], list[float]] | None = None
@@ -115,12 +117,19 @@ class Upscaler:
 
     def _passes(self) -> list[TilePass]:
         settings = self.settings
-        generator = torch.Generator().manual_seed(settings.seed)
-        self.pipeline.check_inputs(settings.scale, settings.refine_steps, "pil")
+        seed = draw_seeds(torch.Generator().manual_seed(settings.seed), 1)[0]
+        steps = settings.num_inference_steps
+        if isinstance(self.pipeline, KSRTeacherPipeline):
+            if settings.refine_steps or settings.match_colours:
+                raise ValueError(
+                    "--refine-steps and --match-colours belong to a student's folder, this one is "
+                    f"a {type(self.pipeline).__name__}; leave them out"
+                )
+            return self.pipeline.passes(settings.scale, seed=seed, num_inference_steps=steps)
         return self.pipeline.passes(
             settings.scale,
-            seed=draw_seeds(generator, 1)[0],
-            num_inference_steps=settings.num_inference_steps,
+            seed=seed,
+            num_inference_steps=steps,
             refine_steps=settings.refine_steps,
             match_colours=settings.match_colours,
         )
@@ -152,8 +161,7 @@ class Upscaler:
         decisive: dict[str, object] = {
             "picture": file_fingerprint(job.source),
             "weights": weights_fingerprint(models),
-            "student_timesteps": list(pipeline.config.student_timesteps),
-            "model_scale": pipeline.config.scale,
+            "model": {k: v for k, v in pipeline.config.items() if not k.startswith("_")},
             "scale": settings.scale,
             "seed": settings.seed,
             "num_inference_steps": settings.num_inference_steps,

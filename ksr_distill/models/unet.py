@@ -1,7 +1,7 @@
 """The super-resolution U-Net: x_t, a timestep and the low-resolution image in, pred_x_0 out."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
+from ksr_distill.models.alignment import align_weights
 from ksr_distill.models.blocks import ResNetBlock, TimeEmbedding, Upsampling
 
 
@@ -85,6 +86,13 @@ class KSRUNet(ModelMixin, ConfigMixin):
         if predict_residual:
             nn.init.zeros_(self.conv_out.weight)
             nn.init.zeros_(cast(Tensor, self.conv_out.bias))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return the model of a folder, as ModelMixin does, with its weights aligned."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @property
     def stride(self) -> int:

@@ -5,9 +5,10 @@ import torch
 
 from ksr_distill.diffusion import sample_teacher
 from ksr_distill.inference import KSRTeacherPipeline
+from ksr_distill.inference.enlarging import draw_seeds
 from ksr_distill.inference.noise import PlaceNoise, Window
-from ksr_distill.inference.pipeline import draw_seeds
-from ksr_distill.inference.teacher import scale_of_released_file, views_that_fit
+from ksr_distill.inference.teacher import scale_of_released_file
+from ksr_distill.inference.teacher_pass import views_that_fit
 from ksr_distill.models.weights import sr_unet_from_released
 from tests.golden import golden_shapes, golden_weights
 
@@ -87,7 +88,9 @@ def test_out_of_memory_halves_the_views_and_says_so(teacher, monkeypatch, caplog
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sample_teacher(*args, view_batch_size=view_batch_size, **kwargs)
 
-    monkeypatch.setattr("ksr_distill.inference.teacher.sample_teacher", sample_in_little_memory)
+    monkeypatch.setattr(
+        "ksr_distill.inference.teacher_pass.sample_teacher", sample_in_little_memory
+    )
     with caplog.at_level(logging.WARNING):
         teacher(photo(), view_batch_size=5)
 
@@ -97,9 +100,9 @@ def test_out_of_memory_halves_the_views_and_says_so(teacher, monkeypatch, caplog
 
 def test_the_views_that_fit_follow_from_the_free_memory():
     # 16 maps of 1024² × 128 halves are 4.3 GB: four fifths of 24 GB hold four of them.
-    options = {"window_px": 1024, "channels": 128, "itemsize": 2}
-    assert views_that_fit(24 * 10**9, **options) == 4
-    assert views_that_fit(0, **options) == 1
+    bytes_per_view = 16 * 1024**2 * 128 * 2
+    assert views_that_fit(24 * 10**9, bytes_per_view=bytes_per_view) == 4
+    assert views_that_fit(0, bytes_per_view=bytes_per_view) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,197 @@
+"""What the student's pipeline and the teacher's share: a picture through passes to any scale."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
+
+from ksr_distill.inference.images import Pictures, alphas, as_rasters, from_rasters
+from ksr_distill.inference.memory import largest_fitting_tile
+from ksr_distill.inference.passes import TilePass, Tiling, plan_passes, run_passes
+from ksr_distill.inference.rasters import Raster, ResampledRaster
+from ksr_distill.models.alignment import align_weights
+from ksr_distill.types import StepObserver
+
+StepCallback = Callable[[DiffusionPipeline, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+class EnlargingPipeline(DiffusionPipeline):
+    """A pipeline that enlarges pictures of any size by any scale ≥ 1.
+
+    Passes of the model's own scale until the size is reached or exceeded, the last one resized
+    down; tiles where a pass is larger than one. A subclass says what a pass is.
+    """
+
+    # diffusers reads the class's list.
+    _callback_tensor_inputs = ["pred_x_0"]  # noqa: RUF012
+
+    @property
+    def num_timesteps(self) -> int:
+        """Of the call at work or the last one: sampling steps of each batch of tiles."""
+        return self._num_timesteps
+
+    def register_modules(self, **components: ModelMixin | None) -> None:
+        """Take the components; on a CPU, their weights at addresses that suit it."""
+        for component in components.values():
+            if component is not None:
+                align_weights(component)
+        super().register_modules(**components)
+
+    def register_to_config(self, **kwargs: object) -> None:
+        """Record our classes by the room they are imported from: that path is public for good."""
+        super().register_to_config(**{name: public_path(value) for name, value in kwargs.items()})
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return model_index.json, with this package's classes where a folder brings its own."""
+        return own_classes(cast(dict[str, Any], super().load_config(*args, **kwargs)))
+
+    def passes(self, scale: float | int, *, seed: int, **options: Any) -> list[TilePass]:
+        """Return the passes that reach or exceed the scale, for ``run_passes``."""
+        raise NotImplementedError
+
+    def enlarge(
+        self,
+        source: Raster,
+        scale: float | int | None = None,
+        *,
+        seed: int,
+        tiling: Tiling,
+        on_tile: Callable[[int], None] | None = None,
+        **options: Any,
+    ) -> Raster:
+        """Return a raster enlarged, tile by tile, in memory.
+
+        Args:
+            options: As ``passes`` takes them.
+        """
+        scale = self.config.scale if scale is None else scale
+        passes = self.passes(scale, seed=seed, **options)
+        enlarged = run_passes(source, passes, tiling=tiling, on_tile=on_tile)
+        return resized(enlarged, source, scale)
+
+    def check_scale(self, scale: float | int | None) -> None:
+        """Refuse what is no enlargement."""
+        if scale is not None and not (scale >= 1 and math.isfinite(scale)):
+            raise ValueError(f"scale={scale} is no enlargement; use any number ≥ 1")
+
+    def _enlarge_all(
+        self,
+        image: Pictures,
+        scale: float | int | None,
+        *,
+        tiling: Tiling,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        output_type: str,
+        return_dict: bool,
+        **options: Any,
+    ) -> ImagePipelineOutput | tuple:
+        """Return every picture enlarged, as diffusers' pipelines return them."""
+        self.check_scale(scale)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r} is not one of {', '.join(OUTPUT_TYPES)}")
+        sources = as_rasters(image)
+        seeds = draw_seeds(generator, len(sources))
+        passes = self.passes(scale or self.config.scale, seed=0, **options)
+        plans = [plan_passes(s.height, s.width, passes, tiling) for s in sources]
+        with self.progress_bar(
+            total=sum(len(plan) for pass_plans in plans for plan in pass_plans)
+        ) as bar:
+            options["on_tile"] = lambda _: bar.update()
+            results = [
+                self.enlarge(source, scale, seed=seed, tiling=tiling, **options)
+                for source, seed in zip(sources, seeds, strict=True)
+            ]
+        images = from_rasters(results, output_type, alphas(image))
+        self.maybe_free_model_hooks()
+        # diffusers' annotation forgets that its own pipelines put tensors here, too.
+        return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]
+
+    def _default_tile_px(self) -> int:
+        return largest_fitting_tile(self.passes(1, seed=0)[0], self._execution_device)
+
+    def _observer(
+        self, callback: StepCallback | None, tensor_inputs: Sequence[str]
+    ) -> StepObserver | None:
+        """Return what shows the callback each step, and takes its pred_x_0 back."""
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            tensor_inputs = callback.tensor_inputs
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {unknown}; "
+                f"known are {self._callback_tensor_inputs}"
+            )
+        if callback is None:
+            return None
+
+        def on_step(step: int, timestep: int, pred_x_0: Tensor) -> Tensor | None:
+            tensors = {"pred_x_0": pred_x_0}
+            offered = {name: tensors[name] for name in tensor_inputs}
+            returned = callback(self, step, timestep, offered) or {}
+            return returned.get("pred_x_0")
+
+        return on_step
+
+
+MODELS = "ksr_distill.models"
+
+
+def public_path(value: object) -> object:
+    """Return (module, class) with our inner modules left out, and anything else as it is."""
+    if isinstance(value, tuple) and str(value[0]).startswith(f"{MODELS}."):
+        return (MODELS, *value[1:])
+    return value
+
+
+def own_classes(index: dict[str, Any]) -> dict[str, Any]:
+    """Return the index of a self-contained folder as if it were a plain one.
+
+    Such a folder carries copies of our code for those who lack the package; whoever has it needs
+    no ``trust_remote_code``. The copies themselves leave the index as it is.
+    """
+    if not __name__.startswith("ksr_distill."):
+        return index
+    own = {
+        name: [MODELS, value[1]] if isinstance(value, list) and value[0] == "models" else value
+        for name, value in index.items()
+    }
+    class_name = own.get("_class_name")
+    return own | {"_class_name": class_name[-1] if isinstance(class_name, list) else class_name}
+
+
+def num_passes(scale: float | int, factor: int) -> int:
+    """Return how many passes of a factor reach the scale: at least one, which also cleans up."""
+    passes, reached = 1, factor
+    while reached < scale:
+        passes, reached = passes + 1, reached * factor
+    return passes
+
+
+def resized(enlarged: Raster, source: Raster, scale: float | int) -> Raster:
+    """Return the raster at the source's size times the scale, to the nearest pixel."""
+    height, width = round(source.height * scale), round(source.width * scale)
+    if (enlarged.height, enlarged.width) == (height, width):
+        return enlarged
+    return ResampledRaster(enlarged, height, width)
+
+
+def draw_seeds(
+    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
+) -> list[int]:
+    """Return a seed for each picture; without a generator, from torch's global one."""
+    generators: list[torch.Generator | None]
+    generators = list(generator) if isinstance(generator, Sequence) else [generator] * count
+    if len(generators) != count:
+        raise ValueError(f"generator is a list of {len(generators)} for {count} pictures")
+    return [
+        int(torch.randint(2**62, (), generator=g, device="cpu" if g is None else g.device))
+        for g in generators
+    ]
