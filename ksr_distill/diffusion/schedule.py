@@ -38,7 +38,7 @@ class NoiseSchedule:
         self.num_train_timesteps = num_train_timesteps
         self.betas = betas
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        self._factors: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def signal(self, t: Int[Tensor, " b"]) -> Float[Tensor, "b 1 1 1"]:
         """Return a_t = √ᾱ_t, in float32, on t's device."""
@@ -67,12 +67,14 @@ class NoiseSchedule:
 
     def timestep_of_log_snr(self, log_snr: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
         """Return, for each log-SNR, the first timestep that is at least as noisy."""
-        falling = self.log_snr().to(log_snr)
-        t = torch.searchsorted(-falling, -log_snr)
+        rising = self._on(log_snr.device)[2]
+        t = torch.searchsorted(rising, -log_snr.float())
         return t.clamp(max=self.num_train_timesteps - 1)
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._factors:
-            factors = (self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt())
-            self._factors[device] = (factors[0].float().to(device), factors[1].float().to(device))
-        return self._factors[device]
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return √ᾱ, √(1 - ᾱ) and -log-SNR; copied once, because a copy waits for the device."""
+        if device not in self._tables:
+            tables = (self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), -self.log_snr())
+            a, s, rising = (table.float().to(device) for table in tables)
+            self._tables[device] = (a, s, rising)
+        return self._tables[device]
