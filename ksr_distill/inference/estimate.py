@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ksr_distill.inference.memory import working_bytes
+from ksr_distill.inference.memory import as_size, working_bytes
 from ksr_distill.inference.noise import Window
 from ksr_distill.inference.passes import TilePass, Tiling, plan_passes
 from ksr_distill.inference.pictures import Picture
@@ -145,15 +145,6 @@ def check_disk(folder: Path, needed: int) -> None:
             f"{as_size(needed + SPARED_DISK_BYTES)}; free some space, or use another -o, a smaller "
             "--scale or --format jpg"
         )
-
-
-def as_size(num_bytes: float | int) -> str:
-    """Return bytes for people: 1.3 GB."""
-    for unit in ("B", "KB", "MB"):
-        if num_bytes < 999.5:
-            return f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} GB"
 
 
 def as_duration(seconds: float | int) -> str:

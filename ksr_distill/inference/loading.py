@@ -10,8 +10,7 @@ from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
-from ksr_distill.inference.estimate import as_size
-from ksr_distill.inference.memory import free_memory_bytes
+from ksr_distill.inference.memory import as_size, free_memory_bytes
 from ksr_distill.inference.pipeline import KSRFlashPipeline
 from ksr_distill.inference.teacher import KSRTeacherPipeline
 

@@ -55,3 +55,12 @@ def free_memory_bytes(device: torch.device) -> int:
     if limit.is_file() and limit.read_text().strip() != "max":
         available = min(available, int(limit.read_text()) - int(usage.read_text()))
     return available
+
+
+def as_size(num_bytes: float | int) -> str:
+    """Return bytes for people: 1.3 GB."""
+    for unit in ("B", "KB", "MB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} GB"
