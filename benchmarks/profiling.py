@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measuring import wait_for
 
 KINDS = {
-    "convolution": ("conv", "xmma", "cudnn", "fprop", "dgrad", "wgrad", "implicit", "sm90", "sm80"),
+    "convolution": ("conv", "cudnn", "fprop", "dgrad", "wgrad", "implicit"),
     "matrix product": ("gemm", "cublas", "nvjet"),
     "compiled": ("triton",),
     "optimiser": ("adam", "multi_tensor", "foreach"),
@@ -22,7 +22,7 @@ KINDS = {
 def kind_of(kernel: str) -> str:
     """Return what sort of work a kernel does, by its name."""
     name = kernel.lower()
-    order = ("compiled", "collective", "optimiser", "matrix product", "convolution", "norm", "copy")
+    order = ("compiled", "collective", "optimiser", "convolution", "matrix product", "norm", "copy")
     return next((k for k in order if any(part in name for part in KINDS[k])), "elementwise")
 
 
