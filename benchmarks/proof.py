@@ -1,0 +1,202 @@
+r"""The numbers of docs/results.md: bicubic, a teacher and its students on sets of photos.
+
+    python benchmarks/proof.py --teacher exports/ksr_teacher_mini --students exports/flash_4 \
+        --set Set5=~/benchmarks/Set5/x2 --set Set14=~/benchmarks/Set14/x2 --set photos=~/photos
+
+A set is a folder of NAME_HR.* beside NAME_LR.*, or of photos, which the bicubic recipe reduces. No
+picture is written. A minute on an H200 with a hundred steps of the teacher, hours on a CPU.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from ksr_distill import __version__
+from ksr_distill.degradation import BicubicDegradation
+from ksr_distill.evaluation.benchmark_images import Pair, common_scale, find_images, load_pair
+from ksr_distill.evaluation.measure import measure
+from ksr_distill.evaluation.metrics import as_saved
+from ksr_distill.evaluation.model_folders import read_index
+from ksr_distill.evaluation.upscalers import (
+    ModelSpec,
+    Upscaled,
+    Upscaler,
+    build_baseline,
+    build_upscalers,
+)
+from ksr_distill.inference.loading import pick_device
+from ksr_distill.randomness import Stream, generator_for
+
+METRICS = (
+    "psnr_y",
+    "ssim_y",
+    "top_octave_power_ratio",
+    "swd",
+    "lowres_consistency_psnr",
+    "checkerboard_peak",
+    "colour_mean_drift",
+)
+SEVERAL_SEEDS_UP_TO_STEPS = 8
+"""A teacher's hundred steps are drawn once: they take most of the time, and spread as little."""
+
+Means = dict[str, float]
+
+
+def model_specs(teachers: Sequence[str], steps: Sequence[int], students: Sequence[str]) -> list:
+    """Return what is compared: teacher_1, teacher_5, …, student_4, ….
+
+    Args:
+        teachers: Folders, or NAME=FOLDER.
+        students: Likewise; without a name, they are called by the number of their steps.
+    """
+    specs = []
+    for teacher in teachers:
+        name, path = named(teacher, "teacher")
+        specs += [ModelSpec(f"{name}_{n}", path, "ddim", n) for n in steps]
+    for student in students:
+        name, path = named(student, None)
+        count = len(read_index(path).get("student_timesteps", ()))
+        specs.append(ModelSpec(name or f"student_{count}", path))
+    return specs
+
+
+def named(text: str, default: str | None) -> tuple[str | None, Path]:
+    """Split NAME=FOLDER."""
+    name, separator, path = text.rpartition("=")
+    return (name if separator else default), Path(path).expanduser()
+
+
+def load_set(folder: Path, scale: int) -> list[Pair]:
+    """Return a benchmark's pairs, made by the bicubic recipe where there are photos alone."""
+    images = find_images(folder)
+    found = common_scale(images)
+    if found not in (None, scale):
+        raise ValueError(f"{folder} holds pairs of ×{found}; give pairs of ×{scale}, or --scale")
+    degradation = BicubicDegradation(scale)
+    return [
+        load_pair(image, scale=scale, degradation=degradation, generator=generator_for(0))
+        for image in images
+    ]
+
+
+def measure_model(
+    upscaler: Upscaler, pairs: Sequence[Pair], *, scale: int, device: torch.device, seeds: int
+) -> dict[str, Any]:
+    """Return the means over a set, their spread over seeds, and the means after each step."""
+    steps = upscaler.num_inference_steps
+    draws = seeds if steps is not None and steps <= SEVERAL_SEEDS_UP_TO_STEPS else 1
+    by_seed: list[Means] = []
+    by_step: dict[int, list[Means]] = {}
+    for seed in range(draws):
+        rows = []
+        for number, pair in enumerate(pairs):
+            generator = generator_for(seed, Stream.INFERENCE, number)
+            upscaled = upscaler(pair.lowres.to(device), generator=generator)
+            rows.append(values(upscaled.hires, pair, number, scale, device))
+            if seed == 0:
+                for step, estimate in estimates(upscaled):
+                    found = values(estimate, pair, number, scale, device)
+                    by_step.setdefault(step, []).append(found)
+        by_seed.append(means(rows))
+    result: dict[str, Any] = {"num_inference_steps": steps, **means(by_seed)}
+    result["worst_checkerboard_peak"] = max(row["checkerboard_peak"] for row in rows)
+    if draws > 1:
+        result["seed_spread"] = {
+            key: statistics.stdev(one[key] for one in by_seed) for key in METRICS
+        }
+    if by_step:
+        result["after_step"] = {step: means(found) for step, found in sorted(by_step.items())}
+    return result
+
+
+def estimates(upscaled: Upscaled) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield (step, x̂ in [-1, 1]) of what the upscaler kept."""
+    for step, image in upscaled.estimates:
+        yield step, image.float() / 127.5 - 1
+
+
+def values(image: torch.Tensor, pair: Pair, number: int, scale: int, device: torch.device) -> Means:
+    """Return the metrics of one output, as a file would keep it."""
+    if pair.hires is None:
+        raise ValueError("a set without originals cannot be measured; give photos or pairs")
+    saved = as_saved(image.to(device).float())
+    measured = measure(
+        saved, pair.hires.to(device), scale=scale, border_px=scale, seed=number, lpips=None
+    )
+    return {key: float(measured[key] or 0.0) for key in METRICS}
+
+
+def means(rows: Sequence[Mapping[str, float]]) -> Means:
+    """Return the mean of each metric."""
+    return {key: statistics.fmean(row[key] for row in rows) for key in METRICS}
+
+
+def facts(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Return how, with what and on what it was measured."""
+    asked = ["git", "rev-parse", "HEAD"]
+    commit = (
+        subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        if shutil.which("git")
+        else ""
+    )
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "scale": options.scale,
+        "seeds": options.seeds,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "software": f"ksr_distill {__version__}, torch {torch.__version__}",
+        "commit": commit or None,
+    }
+
+
+def main() -> None:
+    """Measure, print a table, write the JSON file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", nargs="*", default=[], help="FOLDER or NAME=FOLDER")
+    parser.add_argument("--teacher-steps", type=int, nargs="*", default=[1, 5, 100])
+    parser.add_argument("--students", nargs="*", default=[], help="FOLDER or NAME=FOLDER")
+    parser.add_argument("--set", action="append", required=True, metavar="NAME=FOLDER")
+    parser.add_argument("--scale", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3, help="of students and few-step teachers")
+    parser.add_argument("--device")
+    parser.add_argument("--json", type=Path, default=Path("docs/results.json"))
+    options = parser.parse_args()
+
+    diffusers.utils.logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("high")
+    device = pick_device(options.device)
+    specs = model_specs(options.teacher, options.teacher_steps, options.students)
+    upscalers = {"bicubic": build_baseline("bicubic", scale=options.scale)}
+    upscalers |= build_upscalers(specs, scale=options.scale, device=device, half=False)
+    sets: dict[str, Any] = {}
+    print("| set | model | " + " | ".join(METRICS) + " | seconds |")
+    for text in options.set:
+        name, folder = named(text, None)
+        pairs = load_set(folder, options.scale)
+        models = {}
+        for model, upscaler in upscalers.items():
+            begin = time.perf_counter()
+            models[model] = measure_model(
+                upscaler, pairs, scale=options.scale, device=device, seeds=options.seeds
+            )
+            cells = " | ".join(f"{models[model][key]:.3f}" for key in METRICS)
+            print(f"| {name} | {model} | {cells} | {time.perf_counter() - begin:.1f} |", flush=True)
+        sets[name or folder.name] = {"num_images": len(pairs), "models": models}
+        document = {"settings": facts(options, device), "sets": sets}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    print(options.json.resolve())
+
+
+if __name__ == "__main__":
+    main()
