@@ -1,0 +1,93 @@
+"""The fast way through the networks on a GPU: fewer passes over memory, fewer multiplications.
+
+No compilation: the networks are run by functions that read the modules' own weights, so that any
+picture size runs at once, and parameters, names and saved folders stay as they are.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from importlib.util import find_spec
+from types import MethodType
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from diffusers import VQModel
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from jaxtyping import Float
+from torch import Tensor
+
+from ksr_distill.inference.acceleration import movq as fast_movq
+from ksr_distill.inference.acceleration.refiner import refiner_forward
+from ksr_distill.inference.acceleration.unet import unet_forward
+from ksr_distill.models import KSRUNet, RefinerUNet
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def can_accelerate(device: torch.device) -> bool:
+    """Tell whether a device runs the kernels: an NVIDIA GPU with tensor cores, and Triton."""
+    return (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and find_spec("triton") is not None
+    )
+
+
+def accelerate(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
+    """Let networks run by the fast operations from now on, in channels-last layout.
+
+    The weights' dtype decides what is gained: float16 takes all kernels, bfloat16 those of the
+    norms, float32 none. ``restore`` undoes it.
+    """
+    for network in networks:
+        network.to(memory_format=torch.channels_last)
+        if isinstance(network, VQModel):
+            _bind(network, "encode", apply_forward_hook(_with_measured_convolutions(_encode)))
+            _bind(network, "decode", apply_forward_hook(_with_measured_convolutions(_decode)))
+        elif isinstance(network, KSRUNet):
+            _bind(network, "forward", _with_measured_convolutions(unet_forward))
+        else:
+            _bind(network, "forward", _with_measured_convolutions(refiner_forward))
+
+
+def restore(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
+    """Let networks run as their classes say."""
+    for network in networks:
+        for name in ("encode", "decode") if isinstance(network, VQModel) else ("forward",):
+            network.__dict__.pop(name, None)
+        network.to(memory_format=torch.contiguous_format)
+
+
+def _bind(network: torch.nn.Module, name: str, function: Callable[..., Any]) -> None:
+    setattr(network, name, MethodType(function, network))
+
+
+def _with_measured_convolutions(function: Callable[P, R]) -> Callable[P, R]:
+    """Let cuDNN time its algorithms at the first call of each shape: shapes are few here."""
+
+    @wraps(function)
+    def measured(*args: P.args, **kwargs: P.kwargs) -> R:
+        cudnn = torch.backends.cudnn
+        before, cudnn.benchmark = cudnn.benchmark, True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            cudnn.benchmark = before
+
+    return measured
+
+
+def _encode(movq: VQModel, x: Float[Tensor, "b 3 H W"]) -> VQEncoderOutput:
+    return VQEncoderOutput(latents=fast_movq.encode(movq, x))
+
+
+def _decode(
+    movq: VQModel, h: Float[Tensor, "b c h w"], *, force_not_quantize: bool
+) -> DecoderOutput:
+    if not force_not_quantize:
+        raise ValueError("force_not_quantize=False; this MoVQ has no codebook, use True")
+    return DecoderOutput(sample=fast_movq.decode(movq, h))

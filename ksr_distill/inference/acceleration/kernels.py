@@ -1,0 +1,405 @@
+"""Triton kernels: group norm, and the transforms of a 3×3 convolution in Winograd's form.
+
+The only module that imports Triton; ``operations`` asks for it where there is a GPU. Images are
+(height, width, channels) without gaps, one at a time; sums and transforms are float32.
+
+Winograd F(4×4, 3×3): 4×4 outputs from 6×6 inputs with 36 products instead of 144 (Lavin and Gray,
+"Fast algorithms for convolutional neural networks", CVPR 2016), on the points 0, ±√½, ±√2, ∞. With
+the usual 0, ±1, ±2, ∞ float16 loses twice as much (3.8e-3 against 1.8e-3 in L2; a direct
+convolution in bfloat16 loses 2.9e-3; measured).
+"""
+
+# The names follow the papers' matrices and Triton's own customs, its pointers have no shapes.
+# ruff: noqa: ANN001, ANN201, ANN202, PLR0913, PLR0917
+
+import triton  # pyright: ignore[reportMissingImports] - comes with a GPU's torch
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+ROOT_HALF = tl.constexpr(0.5**0.5)
+ROOT_TWO = tl.constexpr(2.0**0.5)
+
+
+@triton.jit
+def _evaluate_input(d0, d1, d2, d3, d4, d5):
+    """Return Bᵀd: six samples at the six points."""
+    even_half = d4 - 2.0 * d2
+    odd_half = d3 * ROOT_HALF - d1 * ROOT_TWO
+    even_two = d4 - 0.5 * d2
+    odd_two = d3 * ROOT_TWO - d1 * ROOT_HALF
+    return (
+        d0 - 2.5 * d2 + d4,
+        even_half + odd_half,
+        even_half - odd_half,
+        even_two + odd_two,
+        even_two - odd_two,
+        d1 - 2.5 * d3 + d5,
+    )
+
+
+@triton.jit
+def _evaluate_weight(g0, g1, g2):
+    """Return Gg: three taps at the six points."""
+    even_half = (g0 + 0.5 * g2) * (-1.0 / 1.5)
+    odd_half = g1 * (-ROOT_HALF / 1.5)
+    even_two = (g0 + 2.0 * g2) * (1.0 / 6.0)
+    odd_two = g1 * (ROOT_TWO / 6.0)
+    return (
+        g0,
+        even_half + odd_half,
+        even_half - odd_half,
+        even_two + odd_two,
+        even_two - odd_two,
+        g2,
+    )
+
+
+@triton.jit
+def _interpolate(m0, m1, m2, m3, m4, m5):
+    """Return Aᵀm: four outputs from the products at the six points."""
+    even_half, odd_half = m1 + m2, (m1 - m2) * ROOT_HALF
+    even_two, odd_two = m3 + m4, (m3 - m4) * ROOT_TWO
+    return (
+        m0 + even_half + even_two,
+        odd_half + odd_two,
+        0.5 * even_half + 2.0 * even_two,
+        0.5 * odd_half + 2.0 * odd_two + m5,
+    )
+
+
+@triton.jit
+def _load_normed(
+    x_ptr, factor, offset, spatial_ptr, y, x, channel, height, width, mask, C,
+    NORM: tl.constexpr, SILU: tl.constexpr, SPATIAL: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """Return x·factor + offset, [·Y + B of the latent that lies here], [SiLU]; 0 outside."""
+    inside = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    pixel = (y // UP).to(tl.int64) * (width // UP) + x // UP
+    value = tl.load(x_ptr + pixel * C + channel, mask=inside, other=0.0).to(tl.float32)
+    if NORM:
+        value = value * factor + offset
+    if SPATIAL > 0:
+        latent = (y // SPATIAL) * (width // SPATIAL) + x // SPATIAL
+        place = latent.to(tl.int64) * (2 * C) + channel
+        value = value * tl.load(spatial_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(spatial_ptr + place + C, mask=inside, other=0.0).to(tl.float32)
+    if SILU:
+        value = value * tl.sigmoid(value)
+    return tl.where(inside, value, 0.0)
+
+
+@triton.jit
+def _input_row(
+    x_ptr, factor, offset, spatial_ptr, y, x, channel, height, width, mask, C,
+    NORM: tl.constexpr, SILU: tl.constexpr, SPATIAL: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """Return six neighbouring pixels, normalised, at the six points."""
+    d0 = _load_normed(x_ptr, factor, offset, spatial_ptr, y, x, channel, height, width, mask, C,
+                      NORM, SILU, SPATIAL, UP)  # fmt: skip
+    d1 = _load_normed(x_ptr, factor, offset, spatial_ptr, y, x + 1, channel, height, width, mask,
+                      C, NORM, SILU, SPATIAL, UP)  # fmt: skip
+    d2 = _load_normed(x_ptr, factor, offset, spatial_ptr, y, x + 2, channel, height, width, mask,
+                      C, NORM, SILU, SPATIAL, UP)  # fmt: skip
+    d3 = _load_normed(x_ptr, factor, offset, spatial_ptr, y, x + 3, channel, height, width, mask,
+                      C, NORM, SILU, SPATIAL, UP)  # fmt: skip
+    d4 = _load_normed(x_ptr, factor, offset, spatial_ptr, y, x + 4, channel, height, width, mask,
+                      C, NORM, SILU, SPATIAL, UP)  # fmt: skip
+    d5 = _load_normed(x_ptr, factor, offset, spatial_ptr, y, x + 5, channel, height, width, mask,
+                      C, NORM, SILU, SPATIAL, UP)  # fmt: skip
+    return _evaluate_input(d0, d1, d2, d3, d4, d5)
+
+
+@triton.jit
+def _store_column(out_ptr, place, plane, mask, d0, d1, d2, d3, d4, d5):
+    """Store six rows of one column at the six points, six planes apart."""
+    v0, v1, v2, v3, v4, v5 = _evaluate_input(d0, d1, d2, d3, d4, d5)
+    tl.store(out_ptr + place, v0, mask=mask)
+    tl.store(out_ptr + place + plane * 6, v1, mask=mask)
+    tl.store(out_ptr + place + plane * 12, v2, mask=mask)
+    tl.store(out_ptr + place + plane * 18, v3, mask=mask)
+    tl.store(out_ptr + place + plane * 24, v4, mask=mask)
+    tl.store(out_ptr + place + plane * 30, v5, mask=mask)
+
+
+@triton.jit(do_not_specialize=["height", "width", "tiles_across", "first_tile", "num_tiles"])
+def winograd_input_kernel(
+    x_ptr, affine_ptr, spatial_ptr, out_ptr,
+    height, width, tiles_across, first_tile, num_tiles, C, scale,
+    NORM: tl.constexpr, SILU: tl.constexpr, SPATIAL: tl.constexpr, UP: tl.constexpr,
+    TILES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write BᵀdB of every tile: (36, tiles, channels) from (height/UP, width/UP, channels)."""
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)[:, None]
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    mask = (tile < num_tiles) & (channel < C)
+    y = (tile + first_tile) // tiles_across * 4 - 1
+    x = (tile + first_tile) % tiles_across * 4 - 1
+    factor, offset = 1.0, 0.0
+    if NORM:
+        factor = tl.load(affine_ptr + channel, mask=channel < C, other=0.0)
+        offset = tl.load(affine_ptr + C + channel, mask=channel < C, other=0.0)
+    a0, a1, a2, a3, a4, a5 = _input_row(
+        x_ptr, factor, offset, spatial_ptr, y, x, channel, height, width, mask, C,
+        NORM, SILU, SPATIAL, UP)  # fmt: skip
+    b0, b1, b2, b3, b4, b5 = _input_row(
+        x_ptr, factor, offset, spatial_ptr, y + 1, x, channel, height, width, mask, C,
+        NORM, SILU, SPATIAL, UP)  # fmt: skip
+    c0, c1, c2, c3, c4, c5 = _input_row(
+        x_ptr, factor, offset, spatial_ptr, y + 2, x, channel, height, width, mask, C,
+        NORM, SILU, SPATIAL, UP)  # fmt: skip
+    d0, d1, d2, d3, d4, d5 = _input_row(
+        x_ptr, factor, offset, spatial_ptr, y + 3, x, channel, height, width, mask, C,
+        NORM, SILU, SPATIAL, UP)  # fmt: skip
+    e0, e1, e2, e3, e4, e5 = _input_row(
+        x_ptr, factor, offset, spatial_ptr, y + 4, x, channel, height, width, mask, C,
+        NORM, SILU, SPATIAL, UP)  # fmt: skip
+    f0, f1, f2, f3, f4, f5 = _input_row(
+        x_ptr, factor, offset, spatial_ptr, y + 5, x, channel, height, width, mask, C,
+        NORM, SILU, SPATIAL, UP)  # fmt: skip
+    plane = num_tiles.to(tl.int64) * C
+    place = tile.to(tl.int64) * C + channel
+    _store_column(out_ptr, place, plane, mask, a0 * scale, b0 * scale, c0 * scale, d0 * scale,
+                  e0 * scale, f0 * scale)  # fmt: skip
+    _store_column(out_ptr + plane, place, plane, mask, a1 * scale, b1 * scale, c1 * scale,
+                  d1 * scale, e1 * scale, f1 * scale)  # fmt: skip
+    _store_column(out_ptr + plane * 2, place, plane, mask, a2 * scale, b2 * scale, c2 * scale,
+                  d2 * scale, e2 * scale, f2 * scale)  # fmt: skip
+    _store_column(out_ptr + plane * 3, place, plane, mask, a3 * scale, b3 * scale, c3 * scale,
+                  d3 * scale, e3 * scale, f3 * scale)  # fmt: skip
+    _store_column(out_ptr + plane * 4, place, plane, mask, a4 * scale, b4 * scale, c4 * scale,
+                  d4 * scale, e4 * scale, f4 * scale)  # fmt: skip
+    _store_column(out_ptr + plane * 5, place, plane, mask, a5 * scale, b5 * scale, c5 * scale,
+                  d5 * scale, e5 * scale, f5 * scale)  # fmt: skip
+
+
+@triton.jit
+def _weight_row(weight_ptr, place, mask, stride_x):
+    """Return one row of taps at the six points."""
+    g0 = tl.load(weight_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    g1 = tl.load(weight_ptr + place + stride_x, mask=mask, other=0.0).to(tl.float32)
+    g2 = tl.load(weight_ptr + place + 2 * stride_x, mask=mask, other=0.0).to(tl.float32)
+    return _evaluate_weight(g0, g1, g2)
+
+
+@triton.jit
+def _store_weight_column(out_ptr, plane, mask, g0, g1, g2):
+    u0, u1, u2, u3, u4, u5 = _evaluate_weight(g0, g1, g2)
+    tl.store(out_ptr, u0, mask=mask)
+    tl.store(out_ptr + plane * 6, u1, mask=mask)
+    tl.store(out_ptr + plane * 12, u2, mask=mask)
+    tl.store(out_ptr + plane * 18, u3, mask=mask)
+    tl.store(out_ptr + plane * 24, u4, mask=mask)
+    tl.store(out_ptr + plane * 30, u5, mask=mask)
+
+
+@triton.jit
+def winograd_weight_kernel(
+    weight_ptr, out_ptr, count, C, stride_out, stride_in, stride_y, stride_x, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Write GgGᵀ of every pair of channels: (36, out, in) from taps of any layout."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < count
+    place = (index // C).to(tl.int64) * stride_out + (index % C) * stride_in
+    a0, a1, a2, a3, a4, a5 = _weight_row(weight_ptr, place, mask, stride_x)
+    b0, b1, b2, b3, b4, b5 = _weight_row(weight_ptr, place + stride_y, mask, stride_x)
+    c0, c1, c2, c3, c4, c5 = _weight_row(weight_ptr, place + 2 * stride_y, mask, stride_x)
+    plane = count.to(tl.int64)
+    out_ptr += index
+    _store_weight_column(out_ptr, plane, mask, a0, b0, c0)
+    _store_weight_column(out_ptr + plane, plane, mask, a1, b1, c1)
+    _store_weight_column(out_ptr + plane * 2, plane, mask, a2, b2, c2)
+    _store_weight_column(out_ptr + plane * 3, plane, mask, a3, b3, c3)
+    _store_weight_column(out_ptr + plane * 4, plane, mask, a4, b4, c4)
+    _store_weight_column(out_ptr + plane * 5, plane, mask, a5, b5, c5)
+
+
+@triton.jit
+def _product_column(m_ptr, place, plane, mask):
+    """Return one column of products, its rows six planes apart, as four outputs."""
+    m0 = tl.load(m_ptr + place, mask=mask, other=0.0).to(tl.float32)
+    m1 = tl.load(m_ptr + place + plane * 6, mask=mask, other=0.0).to(tl.float32)
+    m2 = tl.load(m_ptr + place + plane * 12, mask=mask, other=0.0).to(tl.float32)
+    m3 = tl.load(m_ptr + place + plane * 18, mask=mask, other=0.0).to(tl.float32)
+    m4 = tl.load(m_ptr + place + plane * 24, mask=mask, other=0.0).to(tl.float32)
+    m5 = tl.load(m_ptr + place + plane * 30, mask=mask, other=0.0).to(tl.float32)
+    return _interpolate(m0, m1, m2, m3, m4, m5)
+
+
+@triton.jit
+def _store_output(
+    out_ptr, residual_ptr, y, x, channel, height, width, mask, C, value, bias,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Store one pixel with what is added to it; return it as stored, 0 outside."""
+    inside = mask & (y < height) & (x < width)
+    place = (y.to(tl.int64) * width + x) * C + channel
+    value += bias
+    if RESIDUAL:
+        value += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, value, mask=inside)
+    value = value.to(out_ptr.dtype.element_ty).to(tl.float32)
+    return tl.where(inside, value, 0.0)
+
+
+@triton.jit
+def _store_output_row(
+    out_ptr, residual_ptr, y, x, channel, height, width, mask, C, bias, scale,
+    m0, m1, m2, m3, m4, m5, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Store four pixels; return their sum and their sum of squares."""
+    y0, y1, y2, y3 = _interpolate(m0, m1, m2, m3, m4, m5)
+    y0 = _store_output(out_ptr, residual_ptr, y, x, channel, height, width, mask, C, y0 * scale,
+                       bias, RESIDUAL)  # fmt: skip
+    y1 = _store_output(out_ptr, residual_ptr, y, x + 1, channel, height, width, mask, C,
+                       y1 * scale, bias, RESIDUAL)  # fmt: skip
+    y2 = _store_output(out_ptr, residual_ptr, y, x + 2, channel, height, width, mask, C,
+                       y2 * scale, bias, RESIDUAL)  # fmt: skip
+    y3 = _store_output(out_ptr, residual_ptr, y, x + 3, channel, height, width, mask, C,
+                       y3 * scale, bias, RESIDUAL)  # fmt: skip
+    return y0 + y1 + y2 + y3, y0 * y0 + y1 * y1 + y2 * y2 + y3 * y3
+
+
+@triton.jit(
+    do_not_specialize=[
+        "height",
+        "width",
+        "tiles_across",
+        "first_tile",
+        "num_tiles",
+        "first_row",
+        "rounds",
+    ]
+)
+def winograd_output_kernel(
+    m_ptr, bias_ptr, residual_ptr, out_ptr, sums_ptr,
+    height, width, tiles_across, first_tile, num_tiles, C, scale, first_row, rounds,
+    RESIDUAL: tl.constexpr, SUMS: tl.constexpr,
+    TILES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write Aᵀ M A + bias [+ residual], and each program's sums per channel for a norm."""
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+    plane = num_tiles.to(tl.int64) * C
+    total = tl.zeros([TILES, CHANNELS], tl.float32)
+    squares = tl.zeros([TILES, CHANNELS], tl.float32)
+    for i in range(rounds):
+        tile = (tl.program_id(0) * rounds + i) * TILES + tl.arange(0, TILES)[:, None]
+        mask = (tile < num_tiles) & (channel < C)
+        y = (tile + first_tile) // tiles_across * 4
+        x = (tile + first_tile) % tiles_across * 4
+        place = tile.to(tl.int64) * C + channel
+        a0, b0, c0, d0 = _product_column(m_ptr, place, plane, mask)
+        a1, b1, c1, d1 = _product_column(m_ptr + plane, place, plane, mask)
+        a2, b2, c2, d2 = _product_column(m_ptr + plane * 2, place, plane, mask)
+        a3, b3, c3, d3 = _product_column(m_ptr + plane * 3, place, plane, mask)
+        a4, b4, c4, d4 = _product_column(m_ptr + plane * 4, place, plane, mask)
+        a5, b5, c5, d5 = _product_column(m_ptr + plane * 5, place, plane, mask)
+        sum_a, squares_a = _store_output_row(
+            out_ptr, residual_ptr, y, x, channel, height, width, mask, C, bias, scale,
+            a0, a1, a2, a3, a4, a5, RESIDUAL)  # fmt: skip
+        sum_b, squares_b = _store_output_row(
+            out_ptr, residual_ptr, y + 1, x, channel, height, width, mask, C, bias, scale,
+            b0, b1, b2, b3, b4, b5, RESIDUAL)  # fmt: skip
+        sum_c, squares_c = _store_output_row(
+            out_ptr, residual_ptr, y + 2, x, channel, height, width, mask, C, bias, scale,
+            c0, c1, c2, c3, c4, c5, RESIDUAL)  # fmt: skip
+        sum_d, squares_d = _store_output_row(
+            out_ptr, residual_ptr, y + 3, x, channel, height, width, mask, C, bias, scale,
+            d0, d1, d2, d3, d4, d5, RESIDUAL)  # fmt: skip
+        total += sum_a + sum_b + sum_c + sum_d
+        squares += squares_a + squares_b + squares_c + squares_d
+    if SUMS:
+        row = sums_ptr + (first_row + tl.program_id(0)).to(tl.int64) * 2 * C
+        ones = tl.arange(0, 1)[:, None]
+        tl.store(row + channel + ones, tl.sum(total, 0)[None, :], mask=channel < C)
+        tl.store(row + C + channel + ones, tl.sum(squares, 0)[None, :], mask=channel < C)
+
+
+@triton.jit(do_not_specialize=["num_pixels", "rounds"])
+def add_kernel(
+    x_ptr, bias_ptr, residual_ptr, out_ptr, sums_ptr, num_pixels, C, rounds,
+    RESIDUAL: tl.constexpr, STORE: tl.constexpr, SUMS: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write x + bias [+ residual], and each program's sums per channel for a norm."""
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    bias = tl.load(bias_ptr + channel, mask=channel < C, other=0.0).to(tl.float32)
+    total = tl.zeros([PIXELS, CHANNELS], tl.float32)
+    squares = tl.zeros([PIXELS, CHANNELS], tl.float32)
+    for i in range(rounds):
+        pixel = (tl.program_id(0) * rounds + i) * PIXELS + tl.arange(0, PIXELS)[:, None]
+        mask = (pixel < num_pixels) & (channel < C)
+        place = pixel.to(tl.int64) * C + channel
+        value = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32) + bias
+        if RESIDUAL:
+            value += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
+        if STORE:
+            tl.store(out_ptr + place, value, mask=mask)
+            value = value.to(out_ptr.dtype.element_ty).to(tl.float32)
+        value = tl.where(mask, value, 0.0)
+        total += value
+        squares += value * value
+    if SUMS:
+        row = sums_ptr + tl.program_id(0).to(tl.int64) * 2 * C
+        ones = tl.arange(0, 1)[:, None]
+        tl.store(row + channel + ones, tl.sum(total, 0)[None, :], mask=channel < C)
+        tl.store(row + C + channel + ones, tl.sum(squares, 0)[None, :], mask=channel < C)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_pixels"])
+def finish_norm_kernel(
+    sums_ptr, weight_ptr, bias_ptr, scale_shift_ptr, pending_ptr, out_ptr,
+    num_rows, num_pixels, eps, C,
+    PER_GROUP: tl.constexpr, AFFINE: tl.constexpr, SCALE_SHIFT: tl.constexpr,
+    PENDING: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write one group's factors and offsets: GroupNorm(x)·(scale + 1) + shift = x·factor + offset.
+
+    A pending bias is part of the sums, but not yet of x.
+    """
+    lane = tl.arange(0, CHANNELS)[None, :]
+    channel = tl.program_id(0) * PER_GROUP + lane
+    valid = lane < PER_GROUP
+    total = tl.zeros([ROWS, CHANNELS], tl.float64)
+    squares = tl.zeros([ROWS, CHANNELS], tl.float64)
+    for start in range(0, num_rows, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        place = row.to(tl.int64) * 2 * C + channel
+        mask = (row < num_rows) & valid
+        total += tl.load(sums_ptr + place, mask=mask, other=0.0).to(tl.float64)
+        squares += tl.load(sums_ptr + place + C, mask=mask, other=0.0).to(tl.float64)
+    count = num_pixels * PER_GROUP
+    mean = tl.sum(tl.sum(total, 1), 0) / count
+    variance = tl.sum(tl.sum(squares, 1), 0) / count - mean * mean
+    factor = (1.0 / tl.sqrt(variance.to(tl.float32) + eps)) + tl.zeros([1, CHANNELS], tl.float32)
+    offset = -mean.to(tl.float32) * factor
+    if AFFINE:
+        weight = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+        factor *= weight
+        offset = offset * weight + tl.load(bias_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    if SCALE_SHIFT:
+        scale = tl.load(scale_shift_ptr + channel, mask=valid, other=0.0).to(tl.float32) + 1.0
+        shift = tl.load(scale_shift_ptr + C + channel, mask=valid, other=0.0).to(tl.float32)
+        factor *= scale
+        offset = offset * scale + shift
+    if PENDING:
+        offset += factor * tl.load(pending_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    tl.store(out_ptr + channel, factor, mask=valid)
+    tl.store(out_ptr + C + channel, offset, mask=valid)
+
+
+@triton.jit(do_not_specialize=["num_pixels", "height", "width"])
+def apply_norm_kernel(
+    x_ptr, affine_ptr, spatial_ptr, out_ptr, num_pixels, height, width, C,
+    SILU: tl.constexpr, SPATIAL: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write the normalised picture."""
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    mask = (pixel < num_pixels) & (channel < C)
+    factor = tl.load(affine_ptr + channel, mask=channel < C, other=0.0)
+    offset = tl.load(affine_ptr + C + channel, mask=channel < C, other=0.0)
+    value = _load_normed(
+        x_ptr, factor, offset, spatial_ptr, pixel // width, pixel % width, channel, height, width,
+        mask, C, True, SILU, SPATIAL, 1)  # fmt: skip
+    tl.store(out_ptr + pixel.to(tl.int64) * C + channel, value, mask=mask)
