@@ -19,7 +19,8 @@ from tests.golden import golden_shapes, golden_weights
 
 LOAD_WITHOUT_THE_PACKAGE = """
 import sys
-sys.modules["ksr_distill"] = sys.modules["jaxtyping"] = None  # an import fails as if not installed
+for missing in ("ksr_distill", "jaxtyping", "pyvips", "jinja2"):
+    sys.modules[missing] = None  # an import fails as if it were not installed
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline

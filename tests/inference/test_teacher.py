@@ -1,5 +1,6 @@
 import logging
 
+import PIL.Image
 import pytest
 import torch
 
@@ -7,6 +8,8 @@ from ksr_distill.diffusion import sample_teacher
 from ksr_distill.inference import KSRTeacherPipeline
 from ksr_distill.inference.enlarging import draw_seeds
 from ksr_distill.inference.noise import PlaceNoise, Window
+from ksr_distill.inference.passes import Tiling
+from ksr_distill.inference.rasters import TensorRaster
 from ksr_distill.inference.teacher import scale_of_released_file
 from ksr_distill.inference.teacher_pass import views_that_fit
 from ksr_distill.models.weights import sr_unet_from_released
@@ -68,6 +71,28 @@ def test_a_teacher_of_four_enlarges_by_four_at_once(unet):
     assert teacher(photo(10, 13), output_type="np").images.shape == (1, 40, 52, 3)
 
 
+def test_transparency_is_enlarged_beside_the_colours(teacher):
+    rgba = PIL.Image.new("RGBA", (12, 10), (230, 200, 40, 255))
+    rgba.paste((0, 0, 0, 0), (6, 0, 12, 10))
+    big = teacher(rgba).images[0]
+    assert (big.mode, big.size) == ("RGBA", (24, 20))
+    assert (big.getpixel((2, 2))[3], big.getpixel((21, 2))[3]) == (255, 0)
+
+
+def test_a_canvas_above_the_largest_tile_is_blended_from_whole_samples(unet):
+    teacher = KSRTeacherPipeline(sr=unet, num_inference_steps=2, window_px=32, stride_px=24)
+    source = TensorRaster(photo(40, 60) * 2 - 1)
+    tiled = teacher.enlarge(source, seed=1, tiling=Tiling(64, 8))
+    assert len(tiled.plan) == 4
+    assert (tiled.height, tiled.width) == (80, 120)
+    first, (only_pass,) = tiled.plan.window(0), teacher.passes(2, seed=1)
+    lowres = source.read(Window(0, 0, first.height // 2, first.width // 2))
+    with torch.no_grad():
+        sample = only_pass(lowres[None], [first])[0].clamp(-1, 1)
+    alone = Window(0, 0, 36, 56)  # no other tile reaches here
+    assert torch.equal(tiled.read(alone), sample[:, : alone.height, : alone.width])
+
+
 def test_the_folder_gives_the_same_pixels(teacher, tmp_path):
     teacher.save_pretrained(tmp_path)
     loaded = KSRTeacherPipeline.from_pretrained(tmp_path)
@@ -127,6 +152,7 @@ def test_the_scale_is_read_off_the_released_names(name, scale):
         ({"scale": float("nan")}, "scale=nan"),
         ({"output_type": "jpeg"}, "output_type='jpeg' is not one of pil, np, pt"),
         ({"view_batch_size": 0}, "view_batch_size=0 is below 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 is below 1"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(teacher, options, message):
