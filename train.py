@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ksr_distill.config import (
     check_overrides,
+    check_strategy,
     check_train_config,
     num_processes,
     one_line,
@@ -32,6 +33,7 @@ from ksr_distill.config import (
 )
 from ksr_distill.training.checkpoint_folder import last_good_checkpoint, update_of_file
 from ksr_distill.training.launching import process_plugins, refuse_launcher_in_sweep
+from ksr_distill.training.sharding import PerNetworkFSDP
 from ksr_distill.training.strategy import PerNetworkDDP
 
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException)
@@ -42,6 +44,7 @@ def train(config: dict[str, Any], *, is_sweep: bool) -> None:
     """Check, build, and fit from the last good checkpoint on."""
     check_train_config(config)
     world_size = num_processes(config["trainer"])
+    check_strategy(config, world_size=world_size)
     refuse_launcher_in_sweep(num_processes=world_size, is_sweep=is_sweep, environment=os.environ)
     datamodule = instantiate(config["data"], _convert_="all")
     datamodule.check(world_size=world_size)
@@ -55,10 +58,11 @@ def train(config: dict[str, Any], *, is_sweep: bool) -> None:
 
 
 def make_trainer(config: dict[str, Any]) -> Trainer:
-    """Return the Trainer: with one DDP per network where several processes share the work."""
+    """Return the Trainer: with one wrapper per network where several processes share the work."""
     settings = config["trainer"]
-    if settings["strategy"] == "auto" and num_processes(settings) > 1:
-        settings = {**settings, "strategy": PerNetworkDDP()}
+    if num_processes(settings) > 1:
+        strategy = PerNetworkFSDP if settings["strategy"] == "fsdp" else PerNetworkDDP
+        settings = {**settings, "strategy": strategy()}
     callbacks, loggers = (
         [instantiate(node, _convert_="all") for node in config[group].values() if node]
         for group in ("callbacks", "logger")

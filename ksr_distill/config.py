@@ -14,6 +14,8 @@ import torch
 ALLOWED_TARGETS = ("ksr_distill.", "lightning.pytorch.")
 """Nothing else is instantiated from a config: a `_target_` such as torch.load runs code."""
 
+STRATEGIES = ("auto", "fsdp")
+
 MIN_VAL_CROP_PX = 56
 """7 px patches on the fourth level of a pyramid: 7 · 2³."""
 
@@ -52,6 +54,30 @@ def check_train_config(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"validate_every={config['validate_every']} is more than num_updates="
             f"{config['num_updates']}, so the run would never be validated; use at most the latter"
+        )
+
+
+def check_strategy(config: Mapping[str, Any], *, world_size: int) -> None:
+    """Refuse a way of sharing the work that the two players cannot be trained with.
+
+    Raises:
+        ValueError: One line: key, value, what is allowed, what to do.
+    """
+    strategy = config["trainer"]["strategy"]
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"trainer.strategy={strategy!r} would wrap both players as one; use auto (a DDP for "
+            "each network) or fsdp (their weights in shards)"
+        )
+    if strategy == "fsdp" and world_size == 1:
+        raise ValueError(
+            "trainer.strategy=fsdp splits the weights among processes, and this run has 1; use "
+            "trainer=auto, or start more (torchrun, slurm/train.sbatch, trainer.devices)"
+        )
+    if strategy == "fsdp" and config["compile_networks"]:
+        raise ValueError(
+            "compile_networks=true with trainer.strategy=fsdp: weights that come and go cannot be "
+            "compiled over; use compile_networks=false"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ksr_distill.randomness import Stream, generator_for
@@ -162,6 +163,8 @@ class UpdateModule(LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(name)
         norm = nn.utils.clip_grad_norm_(network.parameters(), optim.clip_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         found_inf = (~torch.isfinite(norm)).float()
         optimizer.optimizer.found_inf = found_inf
         optimizer.step()

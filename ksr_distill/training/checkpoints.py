@@ -3,13 +3,15 @@
 import logging
 import math
 import time
+from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -46,6 +48,21 @@ def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
     """Return the names of an optimiser's parameters, group by group, in its order."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def lay_out_as_parameters(optimizers: Iterable[Optimizer]) -> None:
+    """Give an optimiser's moments the memory format of their parameters.
+
+    Loading leaves them in the file's format, and the fused AdamW pairs elements by their place in
+    memory: a run continued with another ``channels_last`` or strategy would go on with the moments
+    of other weights, and say nothing.
+    """
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                same_shape = isinstance(value, Tensor) and value.shape == parameter.shape
+                if same_shape and value.stride() != parameter.stride():
+                    state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class RunCheckpoint(Checkpoint):
@@ -142,7 +159,8 @@ class RunCheckpoint(Checkpoint):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sweep what a killed save left, and check that all ranks stand at the same update."""
+        """Sweep what a killed save left; check that all ranks stand at the same update."""
+        lay_out_as_parameters(trainer.optimizers)
         self._agreement = HostAgreement(trainer)
         update = completed_updates(trainer)
         newest, minus_oldest = self._agreement.largest(update, -update)

@@ -54,8 +54,11 @@ class PerNetworkDDP(DDPStrategy):
         for tensor in cast(nn.Module, module).state_dict().values():
             dist.broadcast(tensor, src=0)
         for name, network in module.trainable_networks().items():
-            wrapped = self._setup_model(network)
-            module.set_wrapped(name, wrapped)
+            module.set_wrapped(name, self.wrap_network(network))
+
+    def wrap_network(self, network: nn.Module) -> nn.Module:
+        """Return the wrapper that reduces a network's gradients in its backward."""
+        return self._setup_model(network)
 
     @override
     def on_train_start(self) -> None:

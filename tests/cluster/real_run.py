@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
+from ksr_distill.data.loading import HiresBatch
 from ksr_distill.data.packing import pack_folder
 from ksr_distill.data.sources import PackOptions
 from ksr_distill.models import KSRUNet
@@ -132,8 +133,9 @@ def note_what_is_consumed(path: Path) -> None:
     degrade = HiresDataModule.on_after_batch_transfer
 
     def noting(self: HiresDataModule, batch: Any, dataloader_idx: int) -> Any:
-        with path.open("a") as file:
-            file.write(json.dumps([batch.update, batch.positions.tolist()]) + "\n")
+        if isinstance(batch, HiresBatch):
+            with path.open("a") as file:
+                file.write(json.dumps([batch.update, batch.positions.tolist()]) + "\n")
         return degrade(self, batch, dataloader_idx)
 
     HiresDataModule.on_after_batch_transfer = noting

@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, checked when it is read, and the last good one survives."""
 
+import copy
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from ksr_distill.training.checkpoint_io import (
     read_checkpoint,
     write_checkpoint,
 )
-from ksr_distill.training.checkpoints import last_good_checkpoint
+from ksr_distill.training.checkpoints import last_good_checkpoint, lay_out_as_parameters
 
 SMALL = {"state_dict": {"weight": torch.arange(600.0)}, "update": 3}
 
@@ -187,6 +188,31 @@ def test_optimizer_states_of_parameters_in_another_order_are_refused(tmp_path: P
 
     with pytest.raises(ValueError, match=r"optimizer states .*'student\.2\.weight' where"):
         train(tmp_path / "run", module=Swapped())
+
+
+@pytest.mark.parametrize(
+    "formats", [("channels_last", "contiguous_format"), ("contiguous_format", "channels_last")]
+)
+def test_moments_stay_with_their_weights_when_the_memory_format_changes(
+    formats: tuple[str, str],
+) -> None:
+    def trained(memory_format: str, state: Any = None, updates: int = 2) -> torch.optim.Optimizer:
+        weight = torch.nn.Parameter(
+            start.clone(memory_format=getattr(torch, memory_format)), requires_grad=True
+        )
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+        if state is not None:
+            optimizer.load_state_dict(copy.deepcopy(state))
+            lay_out_as_parameters([optimizer])
+        for update in range(updates):
+            weight.grad = torch.empty_like(weight).copy_(start.roll(update, 0) ** 2)
+            optimizer.step()
+        return optimizer
+
+    start = torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    saved = trained(formats[0]).state_dict()
+    same, other = (trained(f, saved).param_groups[0]["params"][0] for f in formats)
+    torch.testing.assert_close(same, other, rtol=0, atol=1e-7)
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_training_goes_on(

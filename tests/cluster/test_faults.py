@@ -13,6 +13,7 @@ import torch
 from processes import Processes
 from real_run import digest_of_run, run_train
 
+from ksr_distill.data.loading import HiresBatch
 from ksr_distill.training.checkpoint_io import read_checkpoint
 from ksr_distill.training.checkpoints import last_good_checkpoint
 from ksr_distill.training.datamodule import HiresDataModule
@@ -28,7 +29,8 @@ def spoil(updates: range) -> None:
 
     def spoiled(self: HiresDataModule, batch: Any, dataloader_idx: int) -> Batch:
         good = degrade(self, batch, dataloader_idx)
-        return Batch(good.hires * float("nan"), good.lowres) if batch.update in updates else good
+        is_spoiled = isinstance(batch, HiresBatch) and batch.update in updates
+        return Batch(good.hires * float("nan"), good.lowres) if is_spoiled else good
 
     HiresDataModule.on_after_batch_transfer = spoiled
 
