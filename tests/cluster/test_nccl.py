@@ -1,0 +1,190 @@
+"""Two GPUs of one host over NCCL: trained, killed, told to go, continued; whole and in shards.
+
+`pytest -m gpu tests/cluster/test_nccl.py --log-cli-level=INFO` tells what was measured.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from real_run import ROOT, environment
+
+from ksr_distill.data.packing import pack_folder
+from ksr_distill.data.sources import PackOptions
+from ksr_distill.models import KSRUNet
+from ksr_distill.training.checkpoint_io import read_checkpoint
+from ksr_distill.training.checkpoints import last_good_checkpoint
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(500),
+    pytest.mark.skipif(
+        torch.cuda.device_count() < 2 and "KSR_NCCL_ON_CPU" not in os.environ,
+        reason="needs two CUDA devices; KSR_NCCL_ON_CPU=1 rehearses it on the CPU, over gloo",
+    ),
+]
+log = logging.getLogger(__name__)
+HERE = Path(__file__).parent
+NUM_UPDATES, SAVED_AT, SIGNALLED_AT = 24, 12, 15
+MINI = {
+    "base_channels": 32, "stem_channels": 16, "channel_multipliers": [1, 2, 2],
+    "num_blocks": [1, 2, 2], "time_embedding_dim": 64, "num_groups": 4, "predict_residual": True,
+}  # fmt: skip
+FULL = {"predict_residual": True}
+EXACT = ("trainer.precision=32-true", "trainer.benchmark=false", "+trainer.deterministic=warn")
+
+
+def make_files(folder: Path, model: dict[str, Any], side: int) -> Path:
+    """Write shards of noise and a teacher of random weights."""
+    (folder / "photos").mkdir(parents=True)
+    for number in range(8):
+        values = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / "photos" / f"{number}.png")
+    options = PackOptions(0.0, (), 1, 0.0, None, 4)
+    pack_folder(
+        folder / "photos", folder / "shards", options, num_workers=0, on_progress=lambda *_: None
+    )
+    torch.manual_seed(0)
+    unet = KSRUNet(**model)
+    torch.nn.init.normal_(unet.conv_out.weight, std=0.02)
+    unet.save_pretrained(folder / "teacher" / "sr")
+    return folder
+
+
+class Run:
+    """`torchrun --nproc-per-node 2 train.py …`, started."""
+
+    def __init__(self, folder: Path, files: Path, *changes: str, signal_at: str = "") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        arguments = [
+            "+experiment=ksr_flash_mini", f"hydra.run.dir={folder}/run",
+            f"teacher={files}/teacher", f"data.shards={files}/shards/train-*.tar",
+            f"num_updates={NUM_UPDATES}", "validate_every=1000", "log_every=4", "data.crop_px=64",
+            "data.batch_size=8", "data.num_workers=0", "compile_networks=false",
+            "loss.game.critic_warmup_updates=2", "loss.game.late_timesteps_updates=0",
+            "loss.game.backward_simulation_ramp=[0,8]", "trainer.val_check_interval=1.0",
+            "callbacks.speed.count_flops=false", "+trainer.enable_progress_bar=false",
+            f"callbacks.checkpoint.every_updates={SAVED_AT}", "trainer.devices=2",
+        ]  # fmt: skip
+        if torch.cuda.device_count() < 2:
+            arguments.append("trainer.accelerator=cpu")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        self.log = (folder / "log.txt").open("a")
+        self.process = subprocess.Popen(
+            [*torchrun, "--nproc-per-node=2", str(HERE / "watched.py"), str(ROOT / "train.py"),
+             *arguments, *changes],
+            cwd=folder, stdout=self.log, stderr=subprocess.STDOUT,
+            env=environment(TELL=str(folder), SIGNAL_AT=signal_at, CUBLAS_WORKSPACE_CONFIG=":4096:8",
+                            PYTHONPATH=os.environ["PYTHONPATH"]),
+        )  # fmt: skip
+
+    def end(self, timeout: float = 200) -> "Run":
+        try:
+            self.code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise TimeoutError(f"{self.folder.name} hangs\n{self.told()}") from None
+        return self
+
+    def told(self) -> str:
+        return (self.folder / "log.txt").read_text()[-6000:]
+
+    def ranks(self) -> list[dict[str, Any]]:
+        assert self.code == 0, self.told()
+        return [json.loads((self.folder / f"told.{rank}.json").read_text()) for rank in range(2)]
+
+    def student(self) -> dict[str, torch.Tensor]:
+        path = last_good_checkpoint(self.folder / "run" / "checkpoints")
+        assert path is not None, self.told()
+        state = read_checkpoint(path)["state_dict"]
+        return {k: v.double() for k, v in state.items() if k.startswith("student.")}
+
+
+def distance(one: Run, other: Run) -> float:
+    """Return the largest difference of two students' weights."""
+    theirs = other.student()
+    return max(float((v - theirs[k]).abs().max()) for k, v in one.student().items())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """All at once: two GPUs have room for many of these, and starting is what takes the time."""
+    folder = tmp_path_factory.mktemp("nccl")
+    files = make_files(folder / "files", MINI, 72)
+    killed, told = (f"{SIGNALLED_AT}:1:{int(n)}" for n in (signal.SIGKILL, signal.SIGUSR1))
+    shards = ("trainer=fsdp", *EXACT)
+    begun = {
+        "whole": Run(folder / "whole", files, *EXACT),
+        "killed": Run(folder / "killed", files, *EXACT, signal_at=killed),
+        "told": Run(folder / "told", files, *EXACT, signal_at=told),
+        "sharded": Run(folder / "sharded", files, *shards),
+        "sharded, killed": Run(folder / "sharded_killed", files, *shards, signal_at=killed),
+        "bf16": Run(folder / "bf16", files),
+        "sharded, bf16": Run(folder / "sharded_bf16", files, "trainer=fsdp"),
+    }
+    for run in begun.values():
+        run.end()
+    for name, changes in (("killed", EXACT), ("told", EXACT), ("sharded, killed", shards)):
+        first = begun[name]
+        assert first.code != 0, first.told()
+        begun[f"{name}, continued"] = Run(first.folder, files, *changes)
+    return {name: run.end() for name, run in begun.items()}
+
+
+def test_all_ranks_end_with_the_same_weights(runs: dict[str, Run]) -> None:
+    for name in ("whole", "sharded", "bf16", "sharded, bf16"):
+        first, second = runs[name].ranks()
+        assert first["sha256"] == second["sha256"], name
+        log.info("%s: %s", name, first)
+
+
+@pytest.mark.parametrize("name", ["killed", "told", "sharded, killed"])
+def test_a_run_that_was_ended_continues_to_the_same_weights(
+    runs: dict[str, Run], name: str
+) -> None:
+    whole = runs["sharded" if "sharded" in name else "whole"]
+    apart = distance(runs[f"{name}, continued"], whole)
+    log.info("%s and continued: %.3g from the uninterrupted run", name, apart)
+    assert "resuming student after update" in runs[name].told()
+    assert apart < 1e-5
+
+
+def test_told_to_go_both_ranks_save_the_same_update(runs: dict[str, Run]) -> None:
+    assert "the same command continues" in runs["told"].told()
+    assert f"resuming student after update {SIGNALLED_AT + 1}" in runs["told"].told()
+
+
+def test_shards_train_as_whole_networks_do(runs: dict[str, Run]) -> None:
+    apart = distance(runs["sharded"], runs["whole"])
+    teacher = KSRUNet.from_pretrained(runs["whole"].folder.parent / "files/teacher/sr").state_dict()
+    student = runs["whole"].student()
+    moved = max(float((w - student[f"student.{k}"]).abs().max()) for k, w in teacher.items())
+    log.info("sharded and whole: %.3g apart, after moving %.3g", apart, moved)
+    assert apart < 0.02 * moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", "fsdp"])
+def test_the_full_size_trains(
+    strategy: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    files = tmp_path_factory.getbasetemp() / "full"
+    if not files.exists():
+        make_files(files, FULL, 288)
+    run = Run(
+        tmp_path, files, f"trainer={strategy}", "data.crop_px=256", "num_updates=12",
+        "critic=teacher_features", "log_every=100", "callbacks.checkpoint.every_updates=100",
+    ).end(300)  # fmt: skip
+    first, second = run.ranks()
+    assert first["sha256"] == second["sha256"]
+    log.info("%s: %s", strategy, first)
