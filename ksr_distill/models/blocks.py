@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
+from ksr_distill.models.norms import GroupNorm
+
 Resampling = Literal["none", "down", "up"]
 Upsampling = Literal["transposed_conv", "nearest"]
 
@@ -109,10 +111,10 @@ class ResNetBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.time_projection = nn.Linear(time_embedding_dim, 2 * out_channels)
-        self.norm_1 = nn.GroupNorm(num_groups, in_channels)
+        self.norm_1 = GroupNorm(num_groups, in_channels)
         self.resample_main = resampler(in_channels, resampling, upsampling)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm_2 = nn.GroupNorm(num_groups, out_channels)
+        self.norm_2 = GroupNorm(num_groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.resample_shortcut = resampler(in_channels, resampling, upsampling)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ksr_distill.models.blocks import TimeEmbedding
+from ksr_distill.models.norms import GroupNorm, group_norm
 from ksr_distill.models.unet import KSRUNet
 
 HEAD_GROUPS = 8
@@ -22,12 +23,12 @@ class CriticHead(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, time_embedding_dim: int) -> None:
         super().__init__()
-        self.norm_in = nn.GroupNorm(HEAD_GROUPS, in_channels)
+        self.norm_in = GroupNorm(HEAD_GROUPS, in_channels)
         self.conv_in = nn.Conv2d(in_channels, channels, 1)
         self.time_projection = nn.Linear(time_embedding_dim, 2 * channels)
-        self.norm = nn.GroupNorm(HEAD_GROUPS, channels)
+        self.norm = GroupNorm(HEAD_GROUPS, channels)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm_out = nn.GroupNorm(HEAD_GROUPS, channels)
+        self.norm_out = GroupNorm(HEAD_GROUPS, channels)
         self.conv_out = nn.Conv2d(channels, 1, 1)
 
     def forward(
@@ -103,4 +104,4 @@ class Critic(nn.Module):
         levels = self.encode(x_t, t, lowres).levels
         if not self.normalise_features:
             return list(levels)
-        return [F.group_norm(level.float(), self.num_groups) for level in levels]
+        return [group_norm(level.float(), self.num_groups) for level in levels]

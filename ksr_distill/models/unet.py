@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ksr_distill.models.alignment import align_weights
 from ksr_distill.models.blocks import ResNetBlock, TimeEmbedding, Upsampling
+from ksr_distill.models.norms import GroupNorm
 
 
 class Encoded(NamedTuple):
@@ -81,7 +82,7 @@ class KSRUNet(ModelMixin, ConfigMixin):
                 _up_level(widths[level + 1], skip, widths[level], num_blocks[level],
                           level < deepest, block_options)
             )  # fmt: skip
-        self.norm_out = nn.GroupNorm(num_groups, stem)
+        self.norm_out = GroupNorm(num_groups, stem)
         self.conv_out = nn.Conv2d(stem, 3, 3, padding=1)
         if predict_residual:
             nn.init.zeros_(self.conv_out.weight)

