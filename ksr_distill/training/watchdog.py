@@ -25,7 +25,7 @@ EXIT_STALLED = 70
 """EX_SOFTWARE of sysexits.h."""
 
 STARTING = "is loading weights or data"
-LOADER = "waits for its loader (data.num_workers, the shards' file system)"
+LOADER = "waits for its loader (data.num_workers, the shards' file system) or for a save"
 UPDATE = "is inside an update (its own, or waiting for another rank)"
 VALIDATION = "is inside validation"
 
@@ -44,12 +44,14 @@ class StallWatchdog(Callback):
         self.folder = Path(folder)
         self.timeout_s = timeout_s
         self.beat_s = min(timeout_s / 5, 15.0)
-        self._rank, self._world, self._update = 0, 1, 0
-        self._place, self._since = STARTING, time.monotonic()
+        self._rank, self._world = 0, 1
+        self._now = (0, STARTING)
+        self._since = time.monotonic()
         self._stopped = threading.Event()
 
-    def _at(self, place: str) -> None:
-        self._place, self._since = place, time.monotonic()
+    def _at(self, place: str, update: int | None = None) -> None:
+        self._now = (self._now[0] if update is None else update, place)
+        self._since = time.monotonic()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -72,15 +74,20 @@ class StallWatchdog(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """An update begins."""
-        self._update = batch_idx
-        self._at(UPDATE)
+        self._at(UPDATE, batch_idx)
 
     @override
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Wait for the next batch."""
-        self._at(LOADER)
+        # Of the next update, or this rank would look behind one that is still inside this update.
+        self._at(LOADER, batch_idx + 1)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,17 +132,18 @@ class StallWatchdog(Callback):
                 self._give_up(still)
 
     def _beat(self) -> None:
-        told = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "update": self._update,
-            "place": self._place,
-            "time": time.time(),
-        }
+        told = {"host": socket.gethostname(), "pid": os.getpid(), **self._mine()}
+        file = self._file(self._rank)
+        temporary = file.with_suffix(".tmp")
         try:
-            self._file(self._rank).write_text(json.dumps(told))
+            temporary.write_text(json.dumps(told))
+            temporary.replace(file)  # whole at any time: a rank with half a file looks gone
         except OSError as error:  # a full disk must not silence the watchdog
             log.debug("no heartbeat: %s", error)
+
+    def _mine(self) -> dict[str, Any]:
+        update, place = self._now
+        return {"update": update, "place": place, "time": time.time()}
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.json"
@@ -153,7 +161,7 @@ class StallWatchdog(Callback):
     def state_of_ranks(self) -> str:
         """Return who is behind or gone, from all heartbeats; the others are only counted."""
         beats = {rank: self._read(rank) for rank in range(self._world)}
-        beats[self._rank] = {"update": self._update, "place": self._place, "time": time.time()}
+        beats[self._rank] = self._mine()
         gone = [rank for rank, beat in beats.items() if not self._is_alive(beat)]
         alive = {rank: beat for rank, beat in beats.items() if rank not in gone}
         progress = {r: (beat["update"], beat["place"] == UPDATE) for r, beat in alive.items()}

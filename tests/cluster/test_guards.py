@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 from processes import Processes, wait_until
 from two_players import TwoPlayers, train
@@ -108,6 +109,24 @@ def test_a_stalled_loader_ends_every_rank_and_is_named(tmp_path: Path) -> None:
     assert "rank 1 waits for its loader" in told
     assert "(0 gone, 1 behind, of 2)" in told
     assert "The same command continues" in told
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_who_has_ended_an_update_is_not_behind_one_who_is_still_inside(
+    tmp_path: Path, lost: int
+) -> None:
+    module, trainer = TwoPlayers(), pl.Trainer(logger=False, accelerator="cpu")
+    ranks = [StallWatchdog(tmp_path, timeout_s=60) for _ in range(3)]
+    for rank, watchdog in enumerate(ranks):
+        watchdog._rank, watchdog._world = rank, 3
+        watchdog.on_train_batch_start(trainer, module, None, 4)
+        if rank != lost:
+            watchdog.on_train_batch_end(trainer, module, None, None, 4)
+        watchdog._beat()
+    for watchdog in ranks:
+        told = watchdog.state_of_ranks()
+        assert told.startswith(f"rank {lost} is inside an update")
+        assert told.endswith("at update 4 (0 gone, 1 behind, of 3)")
 
 
 def train_slowly(folder: Path) -> None:

@@ -80,12 +80,12 @@ class Run:
             arguments.append("trainer.accelerator=cpu")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         self.log = (folder / "log.txt").open("a")
+        more = {"TELL": str(folder), "SIGNAL_AT": signal_at, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
         self.process = subprocess.Popen(
             [*torchrun, "--nproc-per-node=2", str(HERE / "watched.py"), str(ROOT / "train.py"),
              *arguments, *changes],
             cwd=folder, stdout=self.log, stderr=subprocess.STDOUT,
-            env=environment(TELL=str(folder), SIGNAL_AT=signal_at, CUBLAS_WORKSPACE_CONFIG=":4096:8",
-                            PYTHONPATH=os.environ["PYTHONPATH"]),
+            env=environment(**more, PYTHONPATH=os.environ["PYTHONPATH"]),
         )  # fmt: skip
 
     def end(self, timeout: float = 200) -> "Run":
