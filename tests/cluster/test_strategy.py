@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +26,54 @@ def train_and_tell(
     every_updates: int = 100,
     **module: Any,
 ) -> None:
-    """Train; tell the digest, and the gradients of the last update's turns."""
+    """Train; tell the digest of the end."""
     players = TwoPlayers(**module)
     if die:
         players.at = die_at(*die)
     if not rehearse:
         PerNetworkDDP.on_train_start = pl.strategies.DDPStrategy.on_train_start
     told = train(folder / "run", module=players, checkpoint={"every_updates": every_updates})
-    rank = players.global_rank
-    write_result(folder / f"result.{rank}.json", digest=told, update=players.update)
-    if rank == 0:
-        torch.save(players.gradients, folder / "gradients.pt")
+    write_result(folder / f"result.{players.global_rank}.json", digest=told, update=players.update)
 
 
 def result(folder: Path, rank: int = 0) -> dict[str, Any]:
     return json.loads((folder / f"result.{rank}.json").read_text())
 
 
-@pytest.mark.parametrize(("world", "accumulate"), [(1, 4), (2, 2), (3, 1), (4, 1)])
+ACCUMULATE = (1, 2, 4)
+
+
+def tell_gradients(folder: Path) -> None:
+    """Make one update for each number of micro-batches; tell each rank's gradients of each turn."""
+    for accumulate in ACCUMULATE:
+        players = TwoPlayers(num_updates=1, global_batch=48, accumulate=accumulate)
+        train(folder / f"run.{accumulate}", module=players)
+        torch.save(players.gradients, folder / f"gradients.{accumulate}.{players.global_rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], dict[str, Any]]:
+    folders: dict[int, Path] = {}
+
+    def of_rank(world: int, accumulate: int, rank: int = 0) -> dict[str, Any]:
+        if world not in folders:
+            folders[world] = tmp_path_factory.mktemp(f"world{world}")
+            Processes(world, tell_gradients, folders[world]).succeed()
+        return torch.load(folders[world] / f"gradients.{accumulate}.{rank}.pt", weights_only=True)
+
+    return of_rank
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("accumulate", ACCUMULATE)
 def test_any_number_of_processes_has_the_gradient_of_the_whole_batch(
-    tmp_path: Path, world: int, accumulate: int
+    gradients: Callable[..., dict[str, Any]], world: int, accumulate: int
 ) -> None:
-    one, many = tmp_path / "one", tmp_path / "many"
-    Processes(1, train_and_tell, one, num_updates=1).succeed()
-    Processes(world, train_and_tell, many, num_updates=1, accumulate=accumulate).succeed()
-    whole = torch.load(one / "gradients.pt", weights_only=True)
-    for name, gradient in torch.load(many / "gradients.pt", weights_only=True).items():
-        torch.testing.assert_close(gradient, whole[name], rtol=0, atol=1e-6)
-    assert len({result(many, rank)["digest"] for rank in range(world)}) == 1
+    whole = gradients(1, 1)
+    for rank in range(world):
+        for name, gradient in gradients(world, accumulate, rank).items():
+            torch.testing.assert_close(gradient, whole[name], rtol=0, atol=1e-6)
+            assert gradient.abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("world", "saved_at"), [(1, 1), (1, 8), (2, 1), (2, 8), (3, 4), (4, 6)])
@@ -92,13 +113,12 @@ def test_without_the_rehearsal_three_processes_do_not_resume_exactly(tmp_path: P
 
 def count_reduced_elements(folder: Path) -> None:
     """Tell how many elements each turn reduces, by a hook on every wrapper's buckets."""
-    counts = {"critic's turn": 0, "student's turn": 0}
     place = ["rehearsal"]
+    counts: dict[str, int] = {}
     wrap = PerNetworkDDP._setup_model
 
     def reduce(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        if place[0] in counts:
-            counts[place[0]] += bucket.buffer().numel()
+        counts[place[0]] = counts.get(place[0], 0) + bucket.buffer().numel()
         return (
             dist.all_reduce(bucket.buffer(), async_op=True)
             .get_future()
@@ -111,18 +131,28 @@ def count_reduced_elements(folder: Path) -> None:
         return wrapped
 
     PerNetworkDDP._setup_model = counting_wrap
-    players = TwoPlayers(num_updates=1)
-    players.at = lambda _, at: place.__setitem__(0, at)
-    train(folder / "run", module=players)
+    told = {}
+    for accumulate in ACCUMULATE:
+        counts.clear()
+        place[0] = "rehearsal"
+        players = TwoPlayers(num_updates=1, global_batch=48, accumulate=accumulate)
+        players.at = lambda _, at: place.__setitem__(0, at)
+        train(folder / f"run.{accumulate}", module=players)
+        told[accumulate] = dict(counts)
     sizes = {
         name: sum(parameter.numel() for parameter in network.parameters())
         for name, network in players.trainable_networks().items()
     }
-    write_result(folder / f"result.{players.global_rank}.json", counts=counts, sizes=sizes)
+    write_result(folder / f"result.{players.global_rank}.json", counts=told, sizes=sizes)
 
 
-def test_a_turn_reduces_exactly_its_players_parameters(tmp_path: Path) -> None:
+def test_a_turn_reduces_exactly_its_players_parameters_and_only_once(tmp_path: Path) -> None:
     Processes(2, count_reduced_elements, tmp_path).succeed()
     told = result(tmp_path)
-    assert told["counts"]["critic's turn"] == told["sizes"]["critic"]
-    assert told["counts"]["student's turn"] == told["sizes"]["student"]
+    critic, student = told["sizes"]["critic"], told["sizes"]["student"]
+    for counts in told["counts"].values():
+        assert counts == {
+            "rehearsal": critic + student,
+            "critic's turn": critic,
+            "student's turn": student,
+        }
