@@ -21,10 +21,19 @@ def register(app: typer.Typer) -> None:
 @one_line_errors
 def upscale(
     source: Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a folder of them.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="A file, or a folder: same tree.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", help="A file, or a folder: same tree. Default: photo_x2.jpg beside IN."
+        ),
+    ] = None,
     model: Annotated[
-        Path, typer.Option(help="A model folder (ksr export, ksr convert flash or teacher).")
-    ],
+        str | None,
+        typer.Option(
+            help="A model folder (ksr export, ksr convert flash or teacher), or the name of a "
+            "model that comes with the package. Default: its student."
+        ),
+    ] = None,
     scale: Annotated[float, typer.Option("-s", "--scale", help="Any number ≥ 1.")] = 2.0,
     steps: Annotated[
         int | None, typer.Option(help="Sampling steps. Default: the model's own.")
@@ -44,7 +53,7 @@ def upscale(
     ] = None,
     bits: Annotated[int | None, typer.Option(help="8 or 16. Default: the picture's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
-    fp32: Annotated[bool, typer.Option("--fp32", help="Full precision on a GPU.")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Full precision.")] = False,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Leave finished pictures alone.")
     ] = False,
@@ -58,7 +67,9 @@ def upscale(
     max_megapixels: Annotated[float, typer.Option(help="Refuse larger sources.")] = 120.0,
 ) -> None:
     """Enlarge pictures of any size and kind, to any size; huge ones stream through the disk."""
+    from ksr_distill.inference.bundled import default_student, find_model
     from ksr_distill.inference.compare import write_comparison
+    from ksr_distill.inference.cpu import keep_freed_memory
     from ksr_distill.inference.estimate import measure_speed
     from ksr_distill.inference.jobs import Shard, parse_shard, plan_jobs
     from ksr_distill.inference.loading import load_pipeline, pick_device
@@ -66,14 +77,17 @@ def upscale(
 
     if bits not in (None, 8, 16):
         raise ValueError(f"--bits {bits} is not one of 8, 16")
+    out = out or source.with_name(f"{source.stem}_x{scale:g}{source.suffix}")
+    folder = default_student(scale) if model is None else find_model(model)
     part = parse_shard(shard)
     jobs = plan_jobs(source, out, name=format_name)
     if source.is_dir():
         jobs, part = jobs[part.index :: part.count], Shard()
     skipped = [job for job in jobs if skip_existing and job.target.exists()]
     jobs = [job for job in jobs if job not in skipped]
+    keep_freed_memory()
     upscaler = Upscaler(
-        load_pipeline(model, device=pick_device(device), fp32=fp32),
+        load_pipeline(folder, device=pick_device(device), fp32=fp32),
         Settings(
             scale=scale,
             seed=seed,

@@ -10,6 +10,7 @@ from diffusers import ModelMixin
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
+from ksr_distill.inference import cpu
 from ksr_distill.inference.memory import as_size, free_memory_bytes
 from ksr_distill.inference.pipeline import KSRFlashPipeline
 from ksr_distill.inference.teacher import KSRTeacherPipeline
@@ -24,6 +25,7 @@ PIPELINES: dict[str, type[Pipeline]] = {
 }
 
 HALF_DTYPES = {"default": torch.float16, "movq": torch.float32}
+CPU_DTYPES = {"default": torch.bfloat16, "movq": torch.float32}
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -45,9 +47,12 @@ def pick_device(name: str | None) -> torch.device:
 def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> Pipeline:
     """Return the pipeline of a model folder, a student's or a teacher's.
 
-    Half precision on accelerators, with MoVQ in float32 as the released system runs it; float32 on
-    a CPU, which computes half precision slower. Weights that do not fit into the accelerator
-    together are moved there one by one.
+    Half precision on accelerators, with MoVQ in float32 as the released system runs it; on a CPU
+    bfloat16 where it has the instructions, else float32. Weights that do not fit into the
+    accelerator together are moved there one by one.
+
+    Args:
+        fp32: Full precision everywhere.
 
     Raises:
         ValueError: If the folder is not a whole pipeline of ours.
@@ -59,14 +64,16 @@ def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> 
             "ksr convert flash or ksr convert teacher"
         )
     diffusers_logging.disable_progress_bar()
-    half = device.type != "cpu" and not fp32
+    is_cpu = device.type == "cpu"
+    half = not fp32 and (cpu.multiplies_bf16() if is_cpu else True)
+    half_dtypes = CPU_DTYPES if is_cpu else HALF_DTYPES
     try:
         with warnings.catch_warnings():
             # diffusers renames this argument; both names have to work over our range of versions.
             warnings.simplefilter("ignore", FutureWarning)
             pipeline = PIPELINES[class_name].from_pretrained(
                 folder,
-                torch_dtype=HALF_DTYPES if half else torch.float32,
+                torch_dtype=half_dtypes if half else torch.float32,
                 variant=_variant(folder, half=half),
                 use_safetensors=True,
                 local_files_only=True,
@@ -100,6 +107,8 @@ def _variant(folder: Path, *, half: bool) -> str | None:
 
 def _placed(pipeline: Pipeline, device: torch.device) -> Pipeline:
     models = [m for m in pipeline.components.values() if isinstance(m, ModelMixin)]
+    if device.type == "cpu":
+        cpu.lay_out(*models)
     needed = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     if device.type == "cuda" and needed > 0.6 * free_memory_bytes(device):
         logger.warning("%s of weights: the networks take turns on the GPU", as_size(needed))

@@ -27,7 +27,7 @@ class Settings:
     Attributes:
         seed: As ``torch.Generator().manual_seed(seed)`` given to the pipeline.
         tile_px: The largest side of a tile; null means what fits into memory, up to 2048 on a GPU
-            and 1024 on a CPU.
+            and 1280 on a CPU.
         bits: 8 or 16; null means the picture's own where the format can hold it.
     """
 

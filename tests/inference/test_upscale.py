@@ -14,7 +14,8 @@ import torch
 from typer.testing import CliRunner
 
 from ksr_distill.cli import app
-from ksr_distill.inference import KSRFlashPipeline, estimate, upscale, workspace
+from ksr_distill.inference import estimate, upscale, workspace
+from ksr_distill.inference.loading import load_pipeline
 from ksr_distill.inference.tiles import plan_tiles
 from tests.inference.test_pictures import broken_files
 
@@ -48,7 +49,7 @@ def test_it_makes_what_the_pipeline_makes_and_prints_where(ksr, photo, tmp_path,
     result = ksr(photo, "-o", tmp_path / "big.png", "--scale", 3, "--seed", 7)
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1] == str(tmp_path / "big.png")
-    pipeline = KSRFlashPipeline.from_pretrained(model_folder)
+    pipeline = load_pipeline(model_folder, device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(7)
     (expected,) = pipeline(PIL.Image.open(photo), scale=3, generator=generator).images
     np.testing.assert_array_equal(read(tmp_path / "big.png"), np.asarray(expected))
