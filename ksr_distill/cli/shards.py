@@ -53,6 +53,12 @@ def pack(
     tile_px: Annotated[
         int | None, typer.Option(min=8, help="Cut pictures to tiles: small crops then read fast.")
     ] = None,
+    reduced_to: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="Pack each training photo also at this share of its size, e.g. 0.7; repeatable."
+        ),
+    ] = None,
     shard_files: Annotated[int, typer.Option(min=1, help="Files per shard.")] = 512,
     workers: Workers = None,
 ) -> None:
@@ -69,6 +75,7 @@ def pack(
         min_sharpness=min_sharpness,
         tile_px=tile_px,
         shard_files=shard_files,
+        reduced_to=tuple(reduced_to or ()),
     )
     with progress("Packing") as on_progress:
         report = pack_folder(

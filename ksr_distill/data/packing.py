@@ -113,6 +113,9 @@ def _check_options(options: PackOptions) -> None:
         raise ValueError(f"--val-fraction={options.val_fraction} is not in [0, 1); use e.g. 0.05")
     if options.tile_px is not None and options.tile_px < 1:
         raise ValueError(f"--tile-px={options.tile_px} is not positive; use e.g. 512")
+    outside = [share for share in options.reduced_to if not 0 < share < 1]
+    if outside:
+        raise ValueError(f"--reduced-to={outside[0]:g} is not between 0 and 1; use e.g. 0.75")
     if options.shard_files < 1:
         raise ValueError(f"--shard-files={options.shard_files} is not positive; use e.g. 512")
 
@@ -120,7 +123,7 @@ def _check_options(options: PackOptions) -> None:
 def _claim(out: Path, files: Sequence[SourceFile], options: PackOptions) -> None:
     listing = json.dumps([[file.path, file.size] for file in files])
     manifest = {
-        "options": asdict(options) | {"val_patterns": list(options.val_patterns)},
+        "options": json.loads(json.dumps(asdict(options))),  # tuples become lists
         "num_files": len(files),
         "files_sha256": hashlib.sha256(listing.encode()).hexdigest(),
     }

@@ -36,6 +36,7 @@ class Crop(NamedTuple):
     top: int
     left: int
     is_flipped: bool
+    is_transposed: bool
 
 
 class _Epoch(NamedTuple):
@@ -137,14 +138,23 @@ class UpdateSampler(Sampler[list[int]]):
 
 
 def draw_crop(
-    position: int, *, seed: int, width: int, height: int, crop_px: int, flip_prob: float | int
+    position: int,
+    *,
+    seed: int,
+    width: int,
+    height: int,
+    crop_px: int,
+    flip_prob: float | int,
+    transpose_prob: float | int,
 ) -> Crop:
     """Return the window of a picture that a position sees: a function of (seed, position)."""
     vertical, horizontal, flip = _hash_draws(seed, Stream.CROP, position, 0)
+    transposition, *_ = _hash_draws(seed, Stream.CROP, position, 1)
     return Crop(
         top=vertical % (height - crop_px + 1),
         left=horizontal % (width - crop_px + 1),
         is_flipped=flip < flip_prob * 2**64,
+        is_transposed=transposition < transpose_prob * 2**64,
     )
 
 

@@ -44,7 +44,7 @@ def make_contact_sheet(
     check_sides(shards, headers, crop_px, key="--crop-px")
     counts = [header.num_members for header in headers]
     plan = SamplePlan(counts, seed=seed, window_shards=WINDOW_SHARDS)
-    dataset = ShardDataset(shards, plan, crop_px=crop_px, flip_prob=FLIP_PROB)
+    dataset = ShardDataset(shards, plan, crop_px=crop_px, flip_prob=FLIP_PROB, transpose_prob=0)
     pairs = []
     for position in range(min(num_pairs, plan.epoch_size)):
         hires_uint8 = dataset[position].hires_uint8

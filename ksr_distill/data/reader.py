@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ksr_distill.data.index import Member, ShardIndex, load_member, read_index
 from ksr_distill.data.pictures import PICTURE_ERRORS, as_array
-from ksr_distill.data.plan import Place, SamplePlan, draw_crop
+from ksr_distill.data.plan import Crop, Place, SamplePlan, draw_crop
 
 MAX_SUBSTITUTES = (
     32  # a position that meets this many unusable pictures in a row has met a lost disk
@@ -106,15 +106,23 @@ class ShardDataset(Dataset[HiresSample]):
 
     Args:
         flip_prob: Share of crops that are mirrored left to right.
+        transpose_prob: Share of crops whose rows become columns, before that.
     """
 
     def __init__(
-        self, shards: Sequence[Path], plan: SamplePlan, *, crop_px: int, flip_prob: float | int
+        self,
+        shards: Sequence[Path],
+        plan: SamplePlan,
+        *,
+        crop_px: int,
+        flip_prob: float | int,
+        transpose_prob: float | int,
     ) -> None:
         self.reader = ShardReader(shards, max_open=2 * plan.window_shards)
         self.plan = plan
         self.crop_px = crop_px
         self.flip_prob = flip_prob
+        self.transpose_prob = transpose_prob
 
     def __getitem__(self, position: int) -> HiresSample:
         """Return the crop of a position.
@@ -139,15 +147,16 @@ class ShardDataset(Dataset[HiresSample]):
 
     def _crop(self, place: Place, position: int) -> UInt8[Tensor, "3 H W"]:
         _, image = self.reader.picture(place.shard, place.member, min_side_px=self.crop_px)
-        top, left, is_flipped = draw_crop(
+        crop = draw_crop(
             position,
             seed=self.plan.seed,
             width=image.width,
             height=image.height,
             crop_px=self.crop_px,
             flip_prob=self.flip_prob,
+            transpose_prob=self.transpose_prob,
         )
-        return crop_picture(image, top, left, self.crop_px, self.crop_px, is_flipped=is_flipped)
+        return crop_square(image, crop, self.crop_px)
 
 
 class PictureDataset(Dataset[HiresSample]):
@@ -203,13 +212,16 @@ class PictureDataset(Dataset[HiresSample]):
         height = self.crop_px or image.height // self.side_multiple * self.side_multiple
         width = self.crop_px or image.width // self.side_multiple * self.side_multiple
         top, left = (image.height - height) // 2, (image.width - width) // 2
-        return crop_picture(image, top, left, height, width, is_flipped=False)
+        window = as_array(image.crop((left, top, left + width, top + height)))
+        return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
 
 
-def crop_picture(
-    image: Image.Image, top: int, left: int, height: int, width: int, *, is_flipped: bool
-) -> UInt8[Tensor, "3 {height} {width}"]:
-    """Return a window of a picture, channels first, mirrored if asked."""
-    window = as_array(image.crop((left, top, left + width, top + height)))
+def crop_square(
+    image: Image.Image, crop: Crop, crop_px: int
+) -> UInt8[Tensor, "3 {crop_px} {crop_px}"]:
+    """Return a window of a picture, channels first, transposed and mirrored as drawn."""
+    top, left, is_flipped, is_transposed = crop
+    window = as_array(image.crop((left, top, left + crop_px, top + crop_px)))
+    window = window.transpose(1, 0, 2) if is_transposed else window
     window = window[:, ::-1] if is_flipped else window
     return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))

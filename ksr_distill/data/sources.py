@@ -34,6 +34,8 @@ class PackOptions:
         min_sharpness: Pictures (or tiles) below this variance of the Laplacian are left out.
         tile_px: Cut pictures to tiles of this side, the margins lost; None keeps them whole.
         shard_files: Source files per shard.
+        reduced_to: Pack each training photo also at these shares of its size: small copies are
+            sharper than their photo, and free of its JPEG blocks.
     """
 
     val_fraction: float
@@ -42,6 +44,7 @@ class PackOptions:
     min_sharpness: float
     tile_px: int | None
     shard_files: int
+    reduced_to: tuple[float, ...] = ()
 
 
 class SourceFile(NamedTuple):
@@ -102,13 +105,28 @@ def is_validation(file: SourceFile, options: PackOptions) -> bool:
 
 
 def pack_photo(folder: Path, options: PackOptions, path: str) -> PackedPhoto:
-    """Return what a file becomes; a broken file becomes a reason."""
+    """Return what a file and its reduced copies become; a broken file becomes a reason."""
     try:
         content = (folder / path).read_bytes()
         image, kept_format = open_photo(content)
     except PICTURE_ERRORS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         return PackedPhoto((), ((path, f"broken: {_without_address(reason)}"),))
+    packed = [_pack_picture(image, path, options, content, kept_format)]
+    reductions = () if is_validation(SourceFile(path, 0), options) else options.reduced_to
+    for share in reductions:
+        size = (max(1, round(image.width * share)), max(1, round(image.height * share)))
+        copy = image.resize(size, Image.Resampling.LANCZOS)
+        packed.append(_pack_picture(copy, f"{path}@{share:g}", options, b"", None))
+    return PackedPhoto(
+        tuple(picture for photo in packed for picture in photo.pictures),
+        tuple(reason for photo in packed for reason in photo.skipped),
+    )
+
+
+def _pack_picture(
+    image: Image.Image, path: str, options: PackOptions, content: bytes, kept_format: str | None
+) -> PackedPhoto:
     if min(image.size) < options.min_side_px:
         size = f"{image.width}×{image.height}"
         return PackedPhoto((), ((path, f"{size} is smaller than {options.min_side_px} px"),))

@@ -22,7 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ksr_distill.data.patterns import REMEDY, expand_shards, refuse_pipe
 from ksr_distill.data.pictures import PICTURE_ERRORS, decode_stored
 from ksr_distill.data.plan import draw_crop
-from ksr_distill.data.reader import MAX_SUBSTITUTES, HiresSample, crop_picture
+from ksr_distill.data.reader import MAX_SUBSTITUTES, HiresSample, crop_square
 from ksr_distill.data.secure_webdataset import webdataset
 
 REMOTE_SCHEMES = ("http", "https", "gs", "hf", "ais", "sftp", "ftps", "scp")
@@ -37,6 +37,7 @@ class StreamDataset(IterableDataset[HiresSample]):
         urls: Of the tars, see `expand_stream`.
         entropy: Integers that differ between ranks, and between a training and its resumption.
         flip_prob: Share of crops that are mirrored left to right.
+        transpose_prob: Share of crops whose rows become columns, before that.
         shuffle_buffer: Encoded pictures that a worker holds to draw from.
     """
 
@@ -47,6 +48,7 @@ class StreamDataset(IterableDataset[HiresSample]):
         entropy: Sequence[int],
         crop_px: int,
         flip_prob: float | int,
+        transpose_prob: float | int,
         shuffle_buffer: int,
     ) -> None:
         super().__init__()
@@ -54,6 +56,7 @@ class StreamDataset(IterableDataset[HiresSample]):
         self.entropy = tuple(entropy)
         self.crop_px = crop_px
         self.flip_prob = flip_prob
+        self.transpose_prob = transpose_prob
         self.shuffle_buffer = shuffle_buffer
 
     def __iter__(self) -> Iterator[HiresSample]:
@@ -83,15 +86,16 @@ class StreamDataset(IterableDataset[HiresSample]):
         image = decode_stored(content)
         if min(image.size) < self.crop_px:
             raise ValueError(f"{image.width}×{image.height} is smaller than {self.crop_px} px")
-        top, left, is_flipped = draw_crop(
+        crop = draw_crop(
             number,
             seed=seed,
             width=image.width,
             height=image.height,
             crop_px=self.crop_px,
             flip_prob=self.flip_prob,
+            transpose_prob=self.transpose_prob,
         )
-        return crop_picture(image, top, left, self.crop_px, self.crop_px, is_flipped=is_flipped)
+        return crop_square(image, crop, self.crop_px)
 
 
 class _Trouble:

@@ -58,6 +58,7 @@ class HiresDataModule(LightningDataModule):
         num_updates: int,
         crop_px: int,
         flip_prob: float | int,
+        transpose_prob: float | int,
         batch_size: int,
         micro_batch_size: int | None,
         num_val_pictures: int,
@@ -79,6 +80,7 @@ class HiresDataModule(LightningDataModule):
         self.num_updates = num_updates
         self.crop_px = crop_px
         self.flip_prob = flip_prob
+        self.transpose_prob = transpose_prob
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.num_val_pictures = num_val_pictures
@@ -264,7 +266,13 @@ class ShardDataModule(HiresDataModule):
         if self.plan is None:
             raise RuntimeError("call check(world_size=…) or setup(stage) first")
         return DataLoader(
-            ShardDataset(self.paths, self.plan, crop_px=self.crop_px, flip_prob=self.flip_prob),
+            ShardDataset(
+                self.paths,
+                self.plan,
+                crop_px=self.crop_px,
+                flip_prob=self.flip_prob,
+                transpose_prob=self.transpose_prob,
+            ),
             batch_sampler=UpdateSampler(
                 batch_size=self.batch_size,
                 rank=self.rank,
@@ -302,6 +310,7 @@ class StreamDataModule(HiresDataModule):
                 entropy=(self.seed, self.start_update, self.rank, self.world_size),
                 crop_px=self.crop_px,
                 flip_prob=self.flip_prob,
+                transpose_prob=self.transpose_prob,
                 shuffle_buffer=self.shuffle_buffer,
             ),
             batch_size=self.batch_size // self.world_size,

@@ -39,6 +39,7 @@ def make(shards, *, rank=0, world_size=1, **changes):
         "num_updates": 6,
         "crop_px": 16,
         "flip_prob": 0.5,
+        "transpose_prob": 0.0,
         "batch_size": BATCH,
         "micro_batch_size": None,
         "num_val_pictures": 9,

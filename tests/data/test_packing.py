@@ -215,3 +215,15 @@ def test_a_folder_that_gives_nothing_is_an_error_in_one_line(tmp_path):
     noise(0, 8, 8).save(tmp_path / "tiny.png")
     with pytest.raises(ValueError, match=r"none of the 1 pictures could be used.*8×8 is smaller"):
         pack(tmp_path, tmp_path / "out", min_side_px=16)
+
+
+def test_training_photos_are_packed_in_smaller_sizes_too_if_asked(photos, tmp_path):
+    report = pack(photos, tmp_path, reduced_to=(0.5, 0.25))
+    train, val = stored(tmp_path), stored(tmp_path, "val")
+    assert report.num_pictures == {"train": len(train), "val": len(val)}
+    assert len(train) == 3 * (NUM_PHOTOS - len(val))
+    assert 0 < len(val) < NUM_PHOTOS
+    heights = sorted(picture.shape[0] for picture in train.values())
+    assert set(heights) == {10, 20, 40}
+    with pytest.raises(ValueError, match=r"--reduced-to=1.5 is not between 0 and 1"):
+        pack(photos, tmp_path / "other", reduced_to=(1.5,))

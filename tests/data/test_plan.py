@@ -98,15 +98,21 @@ def test_micro_batches_are_the_same_however_many_ranks_share_them():
 
 def test_crops_lie_inside_reach_every_edge_and_depend_on_seed_and_position_alone():
     crops = [
-        draw_crop(p, seed=1, width=12, height=10, crop_px=8, flip_prob=0.5) for p in range(500)
+        draw_crop(p, seed=1, width=12, height=10, crop_px=8, flip_prob=0.5, transpose_prob=0.2)
+        for p in range(500)
     ]
     assert {crop.left for crop in crops} == set(range(5))
     assert {crop.top for crop in crops} == set(range(3))
     assert 200 < sum(crop.is_flipped for crop in crops) < 300
-    again = draw_crop(77, seed=1, width=12, height=10, crop_px=8, flip_prob=0.5)
+    assert 70 < sum(crop.is_transposed for crop in crops) < 130
+    assert 30 < sum(crop.is_transposed and crop.is_flipped for crop in crops) < 70
+    again = draw_crop(77, seed=1, width=12, height=10, crop_px=8, flip_prob=0.5, transpose_prob=0.2)
     assert again == crops[77]
-    never = [draw_crop(p, seed=1, width=9, height=9, crop_px=8, flip_prob=0.0) for p in range(99)]
-    assert not any(crop.is_flipped for crop in never)
+    never = [
+        draw_crop(p, seed=1, width=9, height=9, crop_px=8, flip_prob=0.0, transpose_prob=0.0)
+        for p in range(99)
+    ]
+    assert not any(crop.is_flipped or crop.is_transposed for crop in never)
 
 
 def test_a_substitute_is_of_the_same_epoch_and_always_the_same():

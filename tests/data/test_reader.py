@@ -15,7 +15,7 @@ def make_dataset(folder, crop_px=16, seed=3, window_shards=2):
     paths = sorted(folder.glob("train-*.tar"))
     counts = [read_header(path).num_members for path in paths]
     plan = SamplePlan(counts, seed=seed, window_shards=window_shards)
-    return ShardDataset(paths, plan, crop_px=crop_px, flip_prob=0.5)
+    return ShardDataset(paths, plan, crop_px=crop_px, flip_prob=0.5, transpose_prob=0.5)
 
 
 def flip_bit(path, byte, bit=0):
@@ -37,20 +37,21 @@ def test_a_position_gives_the_same_crop_whoever_reads_it(shards):
     assert not torch.equal(one[0].hires_uint8, make_dataset(shards, seed=4)[0].hires_uint8)
 
 
-def test_a_crop_is_a_window_of_its_picture_mirrored_or_not(shards):
+def test_a_crop_is_a_window_of_its_picture_mirrored_and_transposed_or_not(shards):
     dataset = make_dataset(shards)
-    mirrored = 0
-    for position in range(12):
+    seen = set()
+    for position in range(24):
         place = dataset.plan.locate(position)
         _, image = dataset.reader.picture(place.shard, place.member)
         pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
         windows = np.lib.stride_tricks.sliding_window_view(pixels, (16, 16), axis=(1, 2))
         crop = dataset[position].hires_uint8.numpy()[:, None, None]
-        as_it_is = (windows == crop).all(axis=(0, 3, 4)).any()
-        flipped = (windows == crop[..., ::-1]).all(axis=(0, 3, 4)).any()
-        assert as_it_is != flipped
-        mirrored += flipped
-    assert 0 < mirrored < 12
+        upright = {"": crop, "flipped": crop[..., ::-1], "transposed": crop.swapaxes(-1, -2),
+                   "transposed, then flipped": crop[..., ::-1].swapaxes(-1, -2)}  # fmt: skip
+        fits = [how for how, c in upright.items() if (windows == c).all(axis=(0, 3, 4)).any()]
+        assert len(fits) == 1
+        seen |= set(fits)
+    assert len(seen) == 4
 
 
 def test_200_of_200_bit_flips_in_members_are_noticed(shards, tmp_path):

@@ -25,6 +25,7 @@ def make_stream(urls, *entropy, shuffle_buffer=10, crop_px=16):
         entropy=entropy or (1,),
         crop_px=crop_px,
         flip_prob=0.5,
+        transpose_prob=0.0,
         shuffle_buffer=shuffle_buffer,
     )
 
@@ -152,6 +153,7 @@ def test_the_datamodule_reads_streams_and_says_that_a_resume_is_statistical(shar
         num_updates=3,
         crop_px=16,
         flip_prob=0.5,
+        transpose_prob=0.0,
         batch_size=4,
         micro_batch_size=2,
         num_val_pictures=1,
