@@ -44,7 +44,7 @@ def accelerate(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
     norms, float32 none. ``restore`` undoes it.
     """
     for network in networks:
-        network.to(memory_format=torch.channels_last)
+        _lay_out(network, torch.channels_last)
         if isinstance(network, VQModel):
             _bind(network, "encode", apply_forward_hook(_with_measured_convolutions(_encode)))
             _bind(network, "decode", apply_forward_hook(_with_measured_convolutions(_decode)))
@@ -59,7 +59,13 @@ def restore(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
     for network in networks:
         for name in ("encode", "decode") if isinstance(network, VQModel) else ("forward",):
             network.__dict__.pop(name, None)
-        network.to(memory_format=torch.contiguous_format)
+        _lay_out(network, torch.contiguous_format)
+
+
+def _lay_out(network: torch.nn.Module, memory_format: torch.memory_format) -> None:
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def _bind(network: torch.nn.Module, name: str, function: Callable[..., Any]) -> None:

@@ -67,21 +67,31 @@ def _interpolate(m0, m1, m2, m3, m4, m5):
 
 
 @triton.jit
-def _load_normed(
-    x_ptr, factor, offset, spatial_ptr, y, x, channel, height, width, mask, C,
-    NORM: tl.constexpr, SILU: tl.constexpr, SPATIAL: tl.constexpr, UP: tl.constexpr,
+def _norm_here(
+    factor, offset, spatial_ptr, y, x, channel, height, width, mask, C, SPATIAL: tl.constexpr
 ):  # fmt: skip
-    """Return x·factor + offset, [·Y + B of the latent that lies here], [SiLU]; 0 outside."""
+    """Return the factor and offset of a pixel: (x·factor + offset)·Y + B of its latent."""
+    if SPATIAL > 0:
+        inside = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        latent = (y // SPATIAL) * (width // SPATIAL) + x // SPATIAL
+        place = latent.to(tl.int64) * (2 * C) + channel
+        own_factor = tl.load(spatial_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        own_offset = tl.load(spatial_ptr + place + C, mask=inside, other=0.0).to(tl.float32)
+        factor, offset = factor * own_factor, offset * own_factor + own_offset
+    return factor, offset
+
+
+@triton.jit
+def _load_normed(
+    x_ptr, factor, offset, y, x, channel, height, width, mask, C,
+    NORM: tl.constexpr, SILU: tl.constexpr, UP: tl.constexpr,
+):  # fmt: skip
+    """Return x·factor + offset, [SiLU]; 0 outside."""
     inside = mask & (y >= 0) & (y < height) & (x >= 0) & (x < width)
     pixel = (y // UP).to(tl.int64) * (width // UP) + x // UP
     value = tl.load(x_ptr + pixel * C + channel, mask=inside, other=0.0).to(tl.float32)
     if NORM:
         value = value * factor + offset
-    if SPATIAL > 0:
-        latent = (y // SPATIAL) * (width // SPATIAL) + x // SPATIAL
-        place = latent.to(tl.int64) * (2 * C) + channel
-        value = value * tl.load(spatial_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        value += tl.load(spatial_ptr + place + C, mask=inside, other=0.0).to(tl.float32)
     if SILU:
         value = value * tl.sigmoid(value)
     return tl.where(inside, value, 0.0)
@@ -89,23 +99,43 @@ def _load_normed(
 
 @triton.jit
 def _input_row(
-    x_ptr, factor, offset, spatial_ptr, y, x, channel, height, width, mask, C,
-    NORM: tl.constexpr, SILU: tl.constexpr, SPATIAL: tl.constexpr, UP: tl.constexpr,
+    x_ptr, left_factor, left_offset, factor, offset, right_factor, right_offset,
+    y, x, channel, height, width, mask, C,
+    NORM: tl.constexpr, SILU: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """Return six neighbouring pixels, normalised, at the six points."""
-    d0 = _load_normed(x_ptr, factor, offset, spatial_ptr, y, x, channel, height, width, mask, C,
-                      NORM, SILU, SPATIAL, UP)  # fmt: skip
-    d1 = _load_normed(x_ptr, factor, offset, spatial_ptr, y, x + 1, channel, height, width, mask,
-                      C, NORM, SILU, SPATIAL, UP)  # fmt: skip
-    d2 = _load_normed(x_ptr, factor, offset, spatial_ptr, y, x + 2, channel, height, width, mask,
-                      C, NORM, SILU, SPATIAL, UP)  # fmt: skip
-    d3 = _load_normed(x_ptr, factor, offset, spatial_ptr, y, x + 3, channel, height, width, mask,
-                      C, NORM, SILU, SPATIAL, UP)  # fmt: skip
-    d4 = _load_normed(x_ptr, factor, offset, spatial_ptr, y, x + 4, channel, height, width, mask,
-                      C, NORM, SILU, SPATIAL, UP)  # fmt: skip
-    d5 = _load_normed(x_ptr, factor, offset, spatial_ptr, y, x + 5, channel, height, width, mask,
-                      C, NORM, SILU, SPATIAL, UP)  # fmt: skip
+    """Return six neighbouring pixels, normalised, at the six points.
+
+    The four inner ones lie on one latent; their neighbours may lie on others.
+    """
+    d0 = _load_normed(x_ptr, left_factor, left_offset, y, x, channel, height, width, mask, C,
+                      NORM, SILU, UP)  # fmt: skip
+    d1 = _load_normed(x_ptr, factor, offset, y, x + 1, channel, height, width, mask, C,
+                      NORM, SILU, UP)  # fmt: skip
+    d2 = _load_normed(x_ptr, factor, offset, y, x + 2, channel, height, width, mask, C,
+                      NORM, SILU, UP)  # fmt: skip
+    d3 = _load_normed(x_ptr, factor, offset, y, x + 3, channel, height, width, mask, C,
+                      NORM, SILU, UP)  # fmt: skip
+    d4 = _load_normed(x_ptr, factor, offset, y, x + 4, channel, height, width, mask, C,
+                      NORM, SILU, UP)  # fmt: skip
+    d5 = _load_normed(x_ptr, right_factor, right_offset, y, x + 5, channel, height, width, mask, C,
+                      NORM, SILU, UP)  # fmt: skip
     return _evaluate_input(d0, d1, d2, d3, d4, d5)
+
+
+@triton.jit
+def _norms_of_row(
+    factor, offset, spatial_ptr, y, x, channel, height, width, mask, C, SPATIAL: tl.constexpr
+):  # fmt: skip
+    """Return the factors and offsets of a row's left, inner and right pixels."""
+    left_factor, left_offset = _norm_here(
+        factor, offset, spatial_ptr, y, x, channel, height, width, mask, C, SPATIAL)  # fmt: skip
+    inner_factor, inner_offset = _norm_here(
+        factor, offset, spatial_ptr, y, x + 1, channel, height, width, mask, C, SPATIAL
+    )
+    right_factor, right_offset = _norm_here(
+        factor, offset, spatial_ptr, y, x + 5, channel, height, width, mask, C, SPATIAL
+    )
+    return left_factor, left_offset, inner_factor, inner_offset, right_factor, right_offset
 
 
 @triton.jit
@@ -127,7 +157,10 @@ def winograd_input_kernel(
     NORM: tl.constexpr, SILU: tl.constexpr, SPATIAL: tl.constexpr, UP: tl.constexpr,
     TILES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Write BᵀdB of every tile: (36, tiles, channels) from (height/UP, width/UP, channels)."""
+    """Write BᵀdB of every tile: (36, tiles, channels) from (height/UP, width/UP, channels).
+
+    SPATIAL is 0 or a multiple of 4, so that a tile lies on one latent and its border on others.
+    """
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)[:, None]
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     mask = (tile < num_tiles) & (channel < C)
@@ -137,24 +170,33 @@ def winograd_input_kernel(
     if NORM:
         factor = tl.load(affine_ptr + channel, mask=channel < C, other=0.0)
         offset = tl.load(affine_ptr + C + channel, mask=channel < C, other=0.0)
+    lf, lo, mf, mo, rf, ro = _norms_of_row(
+        factor, offset, spatial_ptr, y, x, channel, height, width, mask, C, SPATIAL
+    )
     a0, a1, a2, a3, a4, a5 = _input_row(
-        x_ptr, factor, offset, spatial_ptr, y, x, channel, height, width, mask, C,
-        NORM, SILU, SPATIAL, UP)  # fmt: skip
+        x_ptr, lf, lo, mf, mo, rf, ro, y, x, channel, height, width, mask, C, NORM, SILU, UP
+    )
+    lf, lo, mf, mo, rf, ro = _norms_of_row(
+        factor, offset, spatial_ptr, y + 1, x, channel, height, width, mask, C, SPATIAL
+    )
     b0, b1, b2, b3, b4, b5 = _input_row(
-        x_ptr, factor, offset, spatial_ptr, y + 1, x, channel, height, width, mask, C,
-        NORM, SILU, SPATIAL, UP)  # fmt: skip
+        x_ptr, lf, lo, mf, mo, rf, ro, y + 1, x, channel, height, width, mask, C, NORM, SILU, UP
+    )
     c0, c1, c2, c3, c4, c5 = _input_row(
-        x_ptr, factor, offset, spatial_ptr, y + 2, x, channel, height, width, mask, C,
-        NORM, SILU, SPATIAL, UP)  # fmt: skip
+        x_ptr, lf, lo, mf, mo, rf, ro, y + 2, x, channel, height, width, mask, C, NORM, SILU, UP
+    )
     d0, d1, d2, d3, d4, d5 = _input_row(
-        x_ptr, factor, offset, spatial_ptr, y + 3, x, channel, height, width, mask, C,
-        NORM, SILU, SPATIAL, UP)  # fmt: skip
+        x_ptr, lf, lo, mf, mo, rf, ro, y + 3, x, channel, height, width, mask, C, NORM, SILU, UP
+    )
     e0, e1, e2, e3, e4, e5 = _input_row(
-        x_ptr, factor, offset, spatial_ptr, y + 4, x, channel, height, width, mask, C,
-        NORM, SILU, SPATIAL, UP)  # fmt: skip
+        x_ptr, lf, lo, mf, mo, rf, ro, y + 4, x, channel, height, width, mask, C, NORM, SILU, UP
+    )
+    lf, lo, mf, mo, rf, ro = _norms_of_row(
+        factor, offset, spatial_ptr, y + 5, x, channel, height, width, mask, C, SPATIAL
+    )
     f0, f1, f2, f3, f4, f5 = _input_row(
-        x_ptr, factor, offset, spatial_ptr, y + 5, x, channel, height, width, mask, C,
-        NORM, SILU, SPATIAL, UP)  # fmt: skip
+        x_ptr, lf, lo, mf, mo, rf, ro, y + 5, x, channel, height, width, mask, C, NORM, SILU, UP
+    )
     plane = num_tiles.to(tl.int64) * C
     place = tile.to(tl.int64) * C + channel
     _store_column(out_ptr, place, plane, mask, a0 * scale, b0 * scale, c0 * scale, d0 * scale,
@@ -399,7 +441,11 @@ def apply_norm_kernel(
     mask = (pixel < num_pixels) & (channel < C)
     factor = tl.load(affine_ptr + channel, mask=channel < C, other=0.0)
     offset = tl.load(affine_ptr + C + channel, mask=channel < C, other=0.0)
+    y, x = pixel // width, pixel % width
+    factor, offset = _norm_here(
+        factor, offset, spatial_ptr, y, x, channel, height, width, mask, C, SPATIAL
+    )
     value = _load_normed(
-        x_ptr, factor, offset, spatial_ptr, pixel // width, pixel % width, channel, height, width,
-        mask, C, True, SILU, SPATIAL, 1)  # fmt: skip
+        x_ptr, factor, offset, y, x, channel, height, width, mask, C, True, SILU, 1
+    )
     tl.store(out_ptr + pixel.to(tl.int64) * C + channel, value, mask=mask)

@@ -1,0 +1,365 @@
+"""How fast a picture goes from 1K to 2K, how much memory that takes, and how near it is to float32.
+
+    python -m benchmarks.inference                        # full size, a few minutes on an H200
+    python -m benchmarks.inference --tiny                 # seconds on a CPU
+    python -m benchmarks.inference --stage sr --profile   # one stage's kernels
+
+``as shipped`` is the released code's way: float16 U-Nets, float32 MoVQ, plain modules. ``ours`` is
+what ``ksr upscale`` does on a GPU. Weights are random, and the same in all rows. TFLOP/s count the
+operations of the plain algorithm, so that a stage that needs fewer may exceed the machine's rate.
+"""
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measuring import (
+    RESULTS,
+    matmul_rate,
+    phase,
+    time_calls,
+    wait_for,
+    write_results,
+)
+from benchmarks.profiling import print_profile
+from ksr_distill.inference import KSRFlashPipeline
+from ksr_distill.inference.acceleration import accelerate, can_accelerate, operations, restore
+from ksr_distill.inference.noise import Window
+from ksr_distill.inference.passes import SuperResolutionPass
+from ksr_distill.inference.refine import (
+    RefinerPass,
+    decode_in_tiles,
+    encode_in_tiles,
+    refine_latents,
+)
+from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
+from ksr_distill.models.movq import MOVQ_CONFIG
+
+SCALE = 2
+TINY_UNET = {"base_channels": 8, "channel_multipliers": (1, 2), "num_blocks": (1, 1),
+             "num_groups": 4, "time_embedding_dim": 16}  # fmt: skip
+TINY_REFINER = {"block_out_channels": (64, 64), "layers_per_block": 2, "time_embedding_dim": 32,
+                "cross_attention_dim": 64, "groups": 4, "attention_head_dim": 16}  # fmt: skip
+TINY_MOVQ = {"block_out_channels": (32, 32),
+             "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+             "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D")}  # fmt: skip
+
+
+class Bench:
+    """A pipeline of random weights and one picture, run in several ways."""
+
+    def __init__(self, device: torch.device, *, tiny: bool, repeats: int) -> None:
+        self.device, self.repeats = device, repeats
+        self.side = 32 if tiny else 1024
+        self.half = torch.float16 if device.type == "cuda" else torch.float32
+        self.pipe = make_pipeline(device, tiny=tiny)
+        self.pictures = [photo_like(self.side, seed=seed) for seed in range(4)]
+        sr, refiner = self.pipe.passes(SCALE, seed=0, refine_steps=1)
+        self.sr = cast(SuperResolutionPass, sr)
+        self.refiner = cast(RefinerPass, refiner)
+        side = SCALE * self.side
+        self.windows = [Window(0, 0, side, side)]
+        self.lowres = (self.pictures[0] * 2 - 1)[None].to(device)
+        self.large = F.interpolate(self.lowres, scale_factor=float(SCALE), mode="bilinear")
+        with torch.no_grad():
+            self.latents = encode_in_tiles(self.pipe.movq, self.large)
+
+    def whole(self, pictures: list[Tensor] | Tensor | None = None) -> Tensor:
+        """Return pictures enlarged, through all that a user pays for."""
+        return self.pipe(
+            self.pictures[0] if pictures is None else pictures,
+            SCALE,
+            refine_steps=1,
+            generator=torch.Generator().manual_seed(0),
+            tile_px=SCALE * self.side,
+            output_type="pt",
+        ).images
+
+    @property
+    def stages(self) -> dict[str, Callable[[], object]]:
+        """Each stage on its own, with its noise."""
+        refiner = self.refiner
+        draw_noise = refiner._noise_source(self.windows, channels=self.latents.shape[1])
+        return {
+            "sr": lambda: self.sr(self.lowres, self.windows),
+            "encode": lambda: encode_in_tiles(self.pipe.movq, self.large),
+            "refine": lambda: refine_latents(
+                self.pipe.refiner, self.latents, tokens=self.pipe.context.tokens,
+                timesteps=refiner.timesteps, draw_noise=draw_noise,
+            ),
+            "decode": lambda: decode_in_tiles(self.pipe.movq, self.latents),
+        }  # fmt: skip
+
+    def cast(self, dtype: torch.dtype, movq_dtype: torch.dtype) -> None:
+        """Convert the networks; all weights are float16 numbers, so nothing is lost."""
+        for network in (self.pipe.sr, self.pipe.refiner, self.pipe.context):
+            nn.Module.to(network, dtype)
+        nn.Module.to(self.pipe.movq, movq_dtype)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def as_shipped(self) -> None:
+        """Run the plain modules, as the released code does."""
+        restore(self.pipe.sr, self.pipe.refiner, self.pipe.movq)
+        self.cast(self.half, torch.float32)
+
+    def ours(self) -> None:
+        """Run the fast operations; without a GPU they are plain torch."""
+        self.cast(self.half, self.half)
+        accelerate(self.pipe.sr, self.pipe.refiner, self.pipe.movq)
+
+    def measure(
+        self, *, flops: dict[str, float] | None = None, repeats: int | None = None
+    ) -> dict[str, Any]:
+        """Return seconds and peak memory of the whole and of each stage."""
+        self.whole()
+        repeats = self.repeats if repeats is None else repeats
+        rows: dict[str, Any] = {}
+        for name, call in {"whole": self.whole, **self.stages}.items():
+            times = time_calls(call, calls=1, repeats=repeats, device=self.device)  # type: ignore[arg-type]
+            rows[name] = {"seconds": times.seconds, "spread": times.spread,
+                          "host_seconds": times.host_seconds, "peak_gb": times.peak_gb}  # fmt: skip
+            if flops is not None and name in flops:
+                rows[name]["tflops"] = flops[name] / times.seconds / 1e12
+        return rows
+
+    def count(self) -> dict[str, float]:
+        """Return the floating-point operations of each stage's plain modules."""
+        flops = {}
+        for name, call in self.stages.items():
+            with FlopCounterMode(display=False) as counter:
+                call()
+            flops[name] = float(counter.get_total_flops())
+        flops["whole"] = sum(flops.values())
+        return flops
+
+
+def make_pipeline(device: torch.device, *, tiny: bool) -> KSRFlashPipeline:
+    """Return a pipeline whose random weights give pictures of a picture's contrast."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        sr = KSRUNet(**(TINY_UNET if tiny else {})).eval()  # type: ignore[arg-type]
+        refiner = RefinerUNet(**(TINY_REFINER if tiny else {})).eval()  # type: ignore[arg-type]
+        movq = VQModel(**(MOVQ_CONFIG | (TINY_MOVQ if tiny else {}))).eval()
+        context = RefinerContext(refiner.config.cross_attention_dim)
+    for network in (sr, refiner, movq, context):
+        draw_weights(network)
+    calibrate(sr, refiner, movq, context.tokens)
+    for network in (sr, refiner, movq, context):
+        nn.Module.half(network).float()
+    pipe = KSRFlashPipeline(sr, refiner, movq, context)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def draw_weights(network: nn.Module) -> None:
+    """Draw weights that keep the scale of what they are given, as training does.
+
+    PyTorch's own start shrinks each convolution's output by √3; the refiner then amplifies a
+    rounding error 24-fold, with these weights 1.8-fold (measured on a narrower one).
+    """
+    for name, parameter in network.named_parameters():
+        if parameter.ndim < 2:
+            is_factor = name.endswith(("norm.weight", "norm1.weight", "norm2.weight",
+                                       "norm_1.weight", "norm_2.weight", "norm_layer.weight",
+                                       "norm_out.weight", "conv_y.bias"))  # fmt: skip
+            nn.init.normal_(parameter, mean=float(is_factor), std=0.1)
+        elif "context_mlp" in name or "time_projection" in name or "conv_y" in name:
+            nn.init.normal_(parameter, std=0.1 * parameter[0].numel() ** -0.5)
+        else:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+
+
+@torch.no_grad()
+def calibrate(sr: KSRUNet, refiner: RefinerUNet, movq: VQModel, tokens: Tensor) -> None:
+    """Scale the last layers: pictures spread by 0.4 in [-1, 1], noise and latents by 1."""
+    x = torch.randn(1, 3, 64, 64, device=tokens.device)
+    t = torch.tensor([479], device=tokens.device)
+
+    def scale(layer: nn.Conv2d, output: Tensor, spread: float) -> None:
+        layer.weight *= spread / output.std()
+        if layer.bias is not None:
+            layer.bias.copy_((layer.bias - output.mean((0, 2, 3))) * (spread / output.std()))
+
+    scale(sr.conv_out, sr(x, t, x[..., ::2, ::2]), 0.4)
+    scale(movq.quant_conv, movq.encode(x).latents, 1.0)
+    latents = torch.randn(1, 4, 16, 16, device=tokens.device)
+    scale(refiner.conv_out, refiner(latents, t, tokens).sample, 1.0)
+    scale(movq.decoder.conv_out, movq.decode(latents, force_not_quantize=True).sample, 0.4)
+
+
+def photo_like(side: int, *, seed: int) -> Tensor:
+    """Return smooth shapes with finer and finer detail, in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    octaves = [
+        F.interpolate(
+            torch.randn(1, 3, 2**k + 1, 2**k + 1, generator=generator), (side, side), mode="bicubic"
+        )
+        * 0.6**k
+        for k in range(1, 8)
+    ]
+    picture = torch.stack(octaves).sum(0)[0]
+    return picture / picture.abs().max() / 2 + 0.5
+
+
+def psnr(picture: Tensor, reference: Tensor) -> float:
+    """Return the peak signal-to-noise ratio of pictures in [0, 1], in dB, 120 at most."""
+    return float(-10 * (picture - reference).square().mean().clamp(min=1e-12).log10())
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Keep the matrix units from rounding float32."""
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+def first_call(device: torch.device, *, tiny: bool) -> float:
+    """Return the seconds of a process's first picture; its models are made before."""
+    bench = Bench(device, tiny=tiny, repeats=1)
+    bench.ours()
+    wait_for(device)
+    start = time.perf_counter()
+    bench.whole()
+    return time.perf_counter() - start
+
+
+def first_call_elsewhere(options: argparse.Namespace) -> float:
+    """Return ``first_call`` of a process of its own; kernels compiled here are on the disk."""
+    command = [sys.executable, "-m", "benchmarks.inference", "--first-call"]
+    command += ["--tiny"] if options.tiny else []
+    process = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(process.stdout.splitlines()[-1])
+
+
+def offloaded(bench: Bench) -> dict[str, float]:
+    """Return seconds and peak memory with the networks taking turns on the device."""
+    if bench.device.type != "cuda":
+        return {}
+    bench.pipe.enable_model_cpu_offload(device=bench.device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    bench.latents = bench.large = bench.lowres = torch.empty(0)
+    bench.whole()
+    times = time_calls(bench.whole, calls=1, repeats=2, device=bench.device)  # type: ignore[arg-type]
+    return {"seconds": times.seconds, "peak_gb": times.peak_gb}
+
+
+def run(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+    """Return all results, printing the table on the way."""
+    rate = matmul_rate(bench.device) / 1e12
+    print(f"bf16 matrix products: {rate:.0f} TFLOP/s")
+    with phase("float32 reference"), exact_float32():
+        reference = bench.whole()
+    bench.as_shipped()
+    with phase("operations counted"):
+        flops = bench.count()
+    with phase("as shipped"):
+        baseline = bench.measure(flops=flops, repeats=2)
+        baseline["whole"]["psnr_db"] = psnr(bench.whole(), reference)
+    bench.ours()
+    with phase("ours, first call here"):
+        bench.whole()
+    with phase("ours"):
+        ours = bench.measure(flops=flops)
+        ours["whole"]["psnr_db"] = psnr(bench.whole(), reference)
+    with phase("batch of 4 pictures"):
+        batch = time_calls(
+            lambda: bench.whole(bench.pictures),  # type: ignore[arg-type, return-value]
+            calls=1,
+            repeats=2,
+            device=bench.device,
+        )
+    operations.WINOGRAD_CHANNELS, usual = 1 << 20, operations.WINOGRAD_CHANNELS
+    with phase("ours, all convolutions by cuDNN"):
+        cudnn = bench.measure(flops=flops, repeats=3)
+        cudnn["whole"]["psnr_db"] = psnr(bench.whole(), reference)
+    operations.WINOGRAD_CHANNELS = usual
+    print_table({"as shipped": baseline, "ours": ours, "ours, cuDNN alone": cudnn}, rate)
+    with phase("networks taking turns"):
+        offload = offloaded(bench)
+    del bench.pipe
+    with phase("first call of a new process"):
+        first = first_call_elsewhere(options)
+    print(f"batch of 4: {batch.seconds / 4:.3f} s a picture; first call {first:.1f} s; "
+          f"taking turns: {offload}")  # fmt: skip
+    whole = ours["whole"]
+    return {
+        "seconds": whole["seconds"], "sr_seconds": ours["sr"]["seconds"],
+        "peak_gb": whole["peak_gb"], "psnr_db": whole["psnr_db"],
+        "baseline_seconds": baseline["whole"]["seconds"],
+        "batch_seconds_per_picture": batch.seconds / 4, "first_call_seconds": first,
+        "offload": offload, "matmul_tflops": rate, "tera_operations": {
+            name: count / 1e12 for name, count in flops.items()
+        },
+        "as_shipped": baseline, "ours": ours, "ours_cudnn_alone": cudnn,
+    }  # fmt: skip
+
+
+def print_table(rows: dict[str, dict[str, Any]], rate: float) -> None:
+    """Print the stages of all ways."""
+    print("| | stage | seconds | TFLOP/s | of the matmul rate | peak, GB | dB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for way, stages in rows.items():
+        for name, row in stages.items():
+            tflops = row.get("tflops", 0.0)
+            decibels = f"{row['psnr_db']:.1f}" if "psnr_db" in row else ""
+            print(f"| {way} | {name} | {row['seconds']:.4f} | {tflops:.0f} | {tflops / rate:.0%} | "
+                  f"{row['peak_gb']:.1f} | {decibels} |", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="tiny networks, for a CPU")
+    parser.add_argument("--stage", choices=("whole", "sr", "encode", "refine", "decode"))
+    parser.add_argument("--profile", action="store_true", help="print a stage's kernels, and end")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--first-call", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, default=RESULTS / "inference.json")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() and not options.tiny else "cpu")
+    if options.first_call:
+        print(first_call(device, tiny=options.tiny))
+        return
+    with phase("models made"):
+        bench = Bench(device, tiny=options.tiny, repeats=options.repeats)
+    if options.profile or options.stage:
+        bench.ours()
+        calls = {"whole": bench.whole, **bench.stages}
+        call = calls[options.stage or "whole"]
+        call()
+        if options.profile:
+            print_profile(call, calls=1, device=device)  # type: ignore[arg-type]
+        times = time_calls(call, calls=1, repeats=options.repeats, device=device)  # type: ignore[arg-type]
+        print(json.dumps({"stage": options.stage, **times._asdict()}))
+        return
+    if device.type == "cuda" and not can_accelerate(device):
+        raise SystemExit("error: this GPU or its torch lacks Triton; nothing to compare")
+    write_results(options.json, run(bench, options))
+
+
+if __name__ == "__main__":
+    main()
