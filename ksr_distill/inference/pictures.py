@@ -2,7 +2,8 @@
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ksr_distill.inference.noise import Window
+from ksr_distill.inference.tiff_exif import exif_fields
 
 DEFAULT_MAX_MEGAPIXELS = 120.0
 """Above any camera's; Pillow's own limit lets 689 MB pass without a word."""
@@ -110,8 +112,8 @@ def open_picture(path: Path, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) 
     pyvips.block_untrusted_set(True)
     try:
         image = _decoded(path, max_megapixels)
-        notes = _notes(image)
-        image = _plain(image.autorot())
+        notes = _notes(path, image)
+        image = _plain(path, image.autorot())
         # Most formats decode as a whole at the first pixel: a broken file is found here.
         image.crop(0, 0, 1, 1).avg()
         return _as_picture(path, image, notes)
@@ -135,17 +137,25 @@ def _decoded(path: Path, max_megapixels: float) -> pyvips.Image:
 
 def _decoded_by_pillow(path: Path, max_megapixels: float) -> pyvips.Image:
     try:
-        with PIL.Image.open(path) as image:
+        with _without_pillows_limit(), PIL.Image.open(path) as image:
             _check_size(path, *image.size, max_megapixels)
             if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
                 image = image.convert("RGBA" if image.has_transparency_data else "RGB")  # noqa: PLW2901
             return pyvips.Image.new_from_array(np.asarray(image))
     except PIL.UnidentifiedImageError as error:
         raise ValueError(f"{path} cannot be read as a picture: unknown format") from error
-    except PIL.Image.DecompressionBombError as error:
-        raise ValueError(f"{path} has too many pixels: {error}") from error
     except (SyntaxError, OSError, struct.error) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+@contextmanager
+def _without_pillows_limit() -> Iterator[None]:
+    """Let ``_check_size`` alone say what is too large: it sees the size before a pixel is read."""
+    limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        PIL.Image.MAX_IMAGE_PIXELS = limit
 
 
 def in_one_line(error: pyvips.Error) -> str:
@@ -163,14 +173,18 @@ def _check_size(path: Path, width: int, height: int, max_megapixels: float) -> N
         )
 
 
-def _notes(image: pyvips.Image) -> tuple[str, ...]:
-    num_pages = image.get("n-pages") if "n-pages" in image.get_fields() else 1
+def _notes(path: Path, image: pyvips.Image) -> tuple[str, ...]:
+    fields = image.get_fields()
+    num_pages = image.get("n-pages") if "n-pages" in fields else 1
+    if "vips-loader" in fields and image.get("vips-loader") == "pngload":
+        with _without_pillows_limit(), PIL.Image.open(path) as png:  # libvips knows no APNG
+            num_pages = getattr(png, "n_frames", 1)
     if isinstance(num_pages, int) and num_pages > 1:
         return (f"has {num_pages} frames or pages; only the first is used",)
     return ()
 
 
-def _plain(image: pyvips.Image) -> pyvips.Image:
+def _plain(path: Path, image: pyvips.Image) -> pyvips.Image:
     """Return grey or RGB of 8 or 16 bits, with alpha if there was one."""
     if image.interpretation == "cmyk":
         # By the file's own profile, or libvips' generic one. The result is sRGB.
@@ -181,8 +195,8 @@ def _plain(image: pyvips.Image) -> pyvips.Image:
         image = image.colourspace("rgb16")
     if image.format not in ("uchar", "ushort") or image.bands > 4:
         raise ValueError(
-            f"{image.filename or 'the picture'} has {image.bands} bands of {image.format} samples; "
-            "pictures of up to 4 bands with 8 or 16 bits are read, convert it first"
+            f"{path} has {image.bands} × {image.format} samples a pixel; pictures of up to "
+            "4 bands with 8 or 16 bits are read, convert it first"
         )
     return image
 
@@ -200,6 +214,11 @@ def _as_picture(path: Path, image: pyvips.Image, notes: tuple[str, ...]) -> Pict
         for name in image.get_fields()
         if name.startswith(KEPT_METADATA)
     }
+    if "vips-loader" in image.get_fields() and image.get("vips-loader") == "tiffload":
+        try:
+            metadata |= exif_fields(path)
+        except ValueError as error:
+            notes = (*notes, f"{error}, which is left out")
     return Picture(
         path=path,
         colour=VipsRaster(colour, peak),

@@ -1,5 +1,6 @@
 """Rasters to files: row by row, so that memory does not grow with the picture, and atomically."""
 
+import logging
 import os
 import shutil
 import struct
@@ -18,6 +19,9 @@ from ksr_distill.inference.images import quantised
 from ksr_distill.inference.noise import Window
 from ksr_distill.inference.pictures import Picture, in_one_line
 from ksr_distill.inference.rasters import Raster, ResampledRaster
+from ksr_distill.inference.tiff_exif import add_exif
+
+logger = logging.getLogger(__name__)
 
 STRIP_PX = 1 << 17
 """Pixels blended at once, whatever the width. Four times as many cost 120 MB more (measured)."""
@@ -47,7 +51,6 @@ FORMATS = {
     "png": Format((".png",), 2**31 - 1, True, True, {"compression": 6}),
     "jpg": Format((".jpg", ".jpeg"), 65500, False, False, {"Q": 95, "subsample_mode": "off"}),
     "webp": Format((".webp",), 16383, False, True, {"Q": 95}),
-    # libvips writes ICC, XMP and IPTC into a TIFF, but no EXIF.
     "tif": Format(
         (".tif", ".tiff"),
         2**31 - 1,
@@ -103,6 +106,8 @@ def write_picture(raster: Raster, picture: Picture, target: Path, *, name: str, 
         try:
             image = _with_metadata(stream.image(), picture)
             _save(image, temporary, name, title=target.name)
+            if name == "tif":
+                _add_exif(temporary, picture)
         except pyvips.Error as error:
             stream.raise_its_error()
             raise OSError(f"{target} cannot be written: {in_one_line(error)}") from error
@@ -214,6 +219,17 @@ def _with_metadata(image: pyvips.Image, picture: Picture) -> pyvips.Image:
     # The pixels are upright now. libvips writes this over what the EXIF block says.
     image.set_type(pyvips.GValue.gint_type, "orientation", 1)
     return image
+
+
+def _add_exif(tiff: Path, picture: Picture) -> None:
+    """Copy the source's EXIF into a TIFF; a damaged block is left out, as libvips does it."""
+    exif = picture.metadata.get("exif-data")
+    if exif is None:
+        return
+    try:
+        add_exif(tiff, bytes(exif[1]))
+    except ValueError as error:
+        logger.warning("%s %s, which is left out", picture.path, error)
 
 
 def _save(image: pyvips.Image, path: Path, name: str, *, title: str) -> None:

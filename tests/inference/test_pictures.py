@@ -111,8 +111,7 @@ def test_profile_and_exif_are_kept_and_orientation_is_applied(tmp_path, suffix):
     written = PIL.Image.open(tmp_path / f"out.{suffix}")
     assert written.size == (80, 60)  # turned
     assert written.getexif().get(0x0112, 1) == 1  # and not to be turned again
-    if suffix != "tif":  # libvips writes no EXIF into TIFF
-        assert written.getexif()[0x010E] == "a description"
+    assert written.getexif()[0x010E] == "a description"
     assert written.info["icc_profile"] == ICC
 
 
@@ -129,6 +128,52 @@ def test_an_animation_is_its_first_frame_and_says_so(tmp_path):
     picture = open_picture(tmp_path / "in.webp")
     assert picture.notes == ("has 2 frames or pages; only the first is used",)
     assert (picture.height, picture.width) == (40, 30)
+
+
+def test_an_animated_png_says_so_too(tmp_path):
+    frames = [PIL.Image.fromarray(RGB), PIL.Image.fromarray(RGB[::-1])]
+    frames[0].save(tmp_path / "in.png", save_all=True, append_images=frames[1:])
+    notes = ("has 2 frames or pages; only the first is used",)
+    assert open_picture(tmp_path / "in.png").notes == notes
+
+
+def upright_rgb(orientation):
+    """Return what, turned as EXIF says, is RGB again."""
+    turns = PIL.Image.Transpose
+    undo = {
+        2: turns.FLIP_LEFT_RIGHT,
+        3: turns.ROTATE_180,
+        4: turns.FLIP_TOP_BOTTOM,
+        5: turns.TRANSPOSE,
+        6: turns.ROTATE_90,
+        7: turns.TRANSVERSE,
+        8: turns.ROTATE_270,
+    }
+    image = PIL.Image.fromarray(RGB)
+    return image.transpose(undo[orientation]) if orientation in undo else image
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_applied(tmp_path, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    upright_rgb(orientation).save(tmp_path / "in.png", exif=exif)
+    picture = open_picture(tmp_path / "in.png")
+    write_picture(picture.colour, picture, tmp_path / "out.png", name="png", bits=8)
+    np.testing.assert_array_equal(np.asarray(PIL.Image.open(tmp_path / "out.png")), RGB)
+
+
+def test_float_samples_are_refused_unless_they_are_linear_colour(tmp_path):
+    grey = pyvips.Image.new_from_array(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8))
+    grey.write_to_file(str(tmp_path / "grey.tif"))
+    with pytest.raises(ValueError, match=r"grey\.tif has 1 × float samples a pixel"):
+        open_picture(tmp_path / "grey.tif")
+    colour = pyvips.Image.new_from_array(RGB).colourspace("scrgb")
+    colour.write_to_file(str(tmp_path / "colour.tif"))
+    picture = open_picture(tmp_path / "colour.tif")
+    assert picture.bits == 16
+    difference = whole(picture.colour).permute(1, 2, 0).numpy() - (RGB / 127.5 - 1)
+    assert np.abs(difference).max() < 0.01
 
 
 def broken_files(folder):
