@@ -32,6 +32,7 @@ from ksr_distill.config import (
     root_cause,
 )
 from ksr_distill.training.checkpoint_folder import last_good_checkpoint, update_of_file
+from ksr_distill.training.hints import silence_hints
 from ksr_distill.training.launching import process_plugins, refuse_launcher_in_sweep
 from ksr_distill.training.sharding import PerNetworkFSDP
 from ksr_distill.training.strategy import PerNetworkDDP
@@ -42,6 +43,7 @@ CONF = Path(__file__).resolve().parent / "conf"
 
 def train(config: dict[str, Any], *, is_sweep: bool) -> None:
     """Check, build, and fit from the last good checkpoint on."""
+    silence_hints()
     check_train_config(config)
     world_size = num_processes(config["trainer"])
     check_strategy(config, world_size=world_size)
@@ -59,7 +61,9 @@ def train(config: dict[str, Any], *, is_sweep: bool) -> None:
 
 def make_trainer(config: dict[str, Any]) -> Trainer:
     """Return the Trainer: with one wrapper per network where several processes share the work."""
-    settings = config["trainer"]
+    settings = {"enable_model_summary": False, **config["trainer"]}  # RunRecord says how large
+    if config["data"]["val_shards"] is None:
+        settings["limit_val_batches"] = 0
     if num_processes(settings) > 1:
         strategy = PerNetworkFSDP if settings["strategy"] == "fsdp" else PerNetworkDDP
         settings = {**settings, "strategy": strategy()}

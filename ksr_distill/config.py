@@ -16,6 +16,9 @@ ALLOWED_TARGETS = ("ksr_distill.", "lightning.pytorch.")
 
 STRATEGIES = ("auto", "fsdp")
 
+MIN_CROP_PX = 32
+"""A tile of `evaluation.metrics.spectral_prominence`."""
+
 MIN_VAL_CROP_PX = 56
 """7 px patches on the fourth level of a pyramid: 7 · 2³."""
 
@@ -39,10 +42,17 @@ def check_train_config(config: Mapping[str, Any]) -> None:
     crop_px = config["data"]["crop_px"]
     multiple = math.lcm(stride, config["scale"])
     if not isinstance(crop_px, int) or crop_px < multiple or crop_px % multiple:
-        nearest = max(multiple, int(float(crop_px)) // multiple * multiple)
+        least = max(multiple, -(-MIN_CROP_PX // multiple) * multiple)
+        nearest = max(least, int(float(crop_px)) // multiple * multiple)
         raise ValueError(
             f"data.crop_px={crop_px} is not a multiple of {multiple} (the U-Net's stride {stride} "
             f"and scale {config['scale']}); use {nearest}"
+        )
+    if crop_px < MIN_CROP_PX:
+        least = -(-MIN_CROP_PX // multiple) * multiple
+        raise ValueError(
+            f"data.crop_px={crop_px} is too small to look for checkerboards in "
+            f"health/checkerboard_peak, whose tiles are {MIN_CROP_PX} px; use at least {least}"
         )
     val_crop_px = config["data"]["val_crop_px"]
     if config["data"]["val_shards"] and val_crop_px is not None and val_crop_px < MIN_VAL_CROP_PX:

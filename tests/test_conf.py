@@ -66,6 +66,7 @@ def test_every_option_of_every_group_composes(group, option, teacher):
     ("overrides", "message"),
     [
         (["data.crop_px=250"], "data.crop_px=250 is not a multiple of 4"),
+        (["data.crop_px=28"], "data.crop_px=28 is too small to look for checkerboards"),
         (["num_updates=0"], "num_updates=0 is not allowed; use a whole number"),
         (["num_updates=1e3"], "num_updates=1000.0 is not allowed"),
         (["data.val_shards=v.tar", "data.val_crop_px=32"], "data.val_crop_px=32 is too small"),

@@ -1,6 +1,7 @@
 """How fast a run is, per rank, and what it was: its folder can answer both years later."""
 
 import json
+import logging
 import os
 import platform
 import re
@@ -20,10 +21,13 @@ import torch
 import torch.distributed as dist
 import yaml
 from lightning.pytorch.callbacks import Callback
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 from typing_extensions import override
 
+from ksr_distill.training.arithmetic import ArithmeticCounter
 from ksr_distill.training.checkpoints import RunCheckpoint, callbacks_of, completed_updates
+
+log = logging.getLogger(__name__)
 
 SECRET = re.compile(r"(^|[._-])(api_?key|key|token|secret|password|passwd|credentials?)$", re.I)
 USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
@@ -96,6 +100,15 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def sizes_of_networks(pl_module: pl.LightningModule) -> list[str]:
+    """Return the trained networks with their parameters."""
+    networks: dict[str, nn.Module] = cast(Any, pl_module).trainable_networks()
+    return [
+        f"{name} ({sum(weight.numel() for weight in network.parameters()):,} parameters)"
+        for name, network in networks.items()
+    ]
+
+
 class RunRecord(Callback):
     """Writes ``config.yaml``, and a line in ``starts.jsonl`` each time the run is started."""
 
@@ -124,6 +137,7 @@ class RunRecord(Callback):
             "machine": describe_machine(),
             "versions": package_versions(),
         }
+        log.info("training %s", ", ".join(sizes_of_networks(pl_module)))
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         with (self.folder / "starts.jsonl").open("a") as file:
@@ -152,7 +166,7 @@ class Throughput(Callback):
         self.count_flops = count_flops
         self.flops_per_update: int | None = None
         self._counting: ExitStack | None = None
-        self._counter: FlopCounterMode | None = None
+        self._counter: ArithmeticCounter | None = None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -195,7 +209,7 @@ class Throughput(Callback):
         if is_compiled and not _eager_update_fits(pl_module.device):
             self.count_flops = False
             return
-        self._counter = FlopCounterMode(display=False)
+        self._counter = ArithmeticCounter()
         self._counting = ExitStack()
         if is_compiled:  # kernels of compiled code are invisible to the counter
             self._counting.enter_context(torch.compiler.set_stance("force_eager"))

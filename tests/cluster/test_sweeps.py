@@ -61,26 +61,41 @@ def test_under_slurm_lightnings_own_requeue_is_off(monkeypatch: pytest.MonkeyPat
     assert process_plugins() == []
 
 
-def test_a_failed_run_stops_no_other_and_can_be_run_again_alone(
-    files: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def swept(
+    files: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A sweep of two runs, of which the first fails: how it ended, and its folder."""
+    folder = tmp_path_factory.mktemp("swept")
     sweep = [
-        *overrides(files, num_updates=2),
-        f"hydra.sweep.dir={tmp_path}/sweep",
+        *(text for text in overrides(files, num_updates=2) if "val_check_interval" not in text),
+        f"hydra.sweep.dir={folder}/sweep",
         "+sweep=student_timesteps",
         "+launcher=local",
+        "hydra.sweeper.params={diffusion.num_inference_steps:'0,2'}",
     ]
-    fails = [*sweep, "hydra.sweeper.params={diffusion.num_inference_steps:'0,2'}"]
-    first = subprocess.run(
-        command(*fails),
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert first.returncode != 0
-    table = (tmp_path / "sweep" / "summary.md").read_text()
-    assert "| steps_0 | not finished | 0 of 2 |" in table, first.stderr
+    ended = subprocess.run(
+        command(*sweep), cwd=folder, env=environment(PYTHONWARNINGS="default"),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return ended, folder / "sweep"
+
+
+def test_a_failed_run_stops_no_other_and_the_table_tells_why(
+    swept: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    ended, folder = swept
+    assert ended.returncode != 0
+    table = (folder / "summary.md").read_text()
+    assert "| steps_0 | not finished | 0 of 2 |" in table, ended.stderr
     assert "| steps_2 | finished | 2 of 2 |" in table
     assert "num_inference_steps" in table  # what the failed one needs
+
+
+def test_lightnings_hints_that_nobody_can_act_on_are_not_shown(
+    swept: tuple[subprocess.CompletedProcess[str], Path],
+) -> None:
+    told = swept[0].stdout + swept[0].stderr
+    assert "training critic (" in told
+    for hint in ("Tip:", "TPU", "eval mode", "LeafSpec", "srun", "FLOPs", "max_epochs"):
+        assert hint not in told, told
