@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.boards import (
     STEADY,
@@ -39,6 +38,7 @@ from benchmarks.measuring import (
     write_results,
 )
 from benchmarks.profiling import print_profile
+from ksr_distill.training.arithmetic import ArithmeticCounter
 from ksr_distill.training.base import UpdateModule
 
 FIRST_UPDATE = 100  # draws are a function of it: all rows see the same
@@ -107,7 +107,7 @@ class Bench:
 
     def count(self, turn: str) -> None:
         """Count the arithmetic of the updates that will be timed."""
-        counter = FlopCounterMode(display=False)
+        counter = ArithmeticCounter()
         with torch.compiler.set_stance("force_eager"), counter:
             for _ in range(self.calls):
                 self.play(turn)

@@ -3,6 +3,7 @@
 from ksr_distill.losses.penalties import (
     approximate_r1_penalty,
     r1_head_penalty,
+    scores_and_r1,
     wgan_gp_head_penalty,
 )
 from ksr_distill.losses.student import feature_matching_loss, lowres_consistency_loss, weighted_l1
@@ -16,6 +17,7 @@ __all__ = [
     "lowres_consistency_loss",
     "mean_score",
     "r1_head_penalty",
+    "scores_and_r1",
     "student_loss",
     "weighted_l1",
     "wgan_gp_head_penalty",

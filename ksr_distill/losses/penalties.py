@@ -6,21 +6,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Heads = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
+Heads = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]]
 
 
-def r1_head_penalty(scores: Sequence[Tensor], features: Sequence[Tensor]) -> Float[Tensor, ""]:
+def scores_and_r1(
+    heads: Heads, features: Sequence[Tensor], t: Tensor
+) -> tuple[list[Tensor], Float[Tensor, ""]]:
+    """Return the heads' maps of the real features and their R1 penalty, both to be differentiated.
+
+    By ``torch.func``, because what is written so can be compiled: double backward included.
+
+    Args:
+        features: The heads' inputs, detached from the trunk.
+        t: The timestep at which the critic looks.
+    """
+    scores, pull_back = torch.func.vjp(lambda *levels: tuple(heads(levels, t)), *features)
+    slopes = pull_back(tuple(torch.ones_like(level) for level in scores))
+    return list(scores), r1_head_penalty(slopes)
+
+
+def r1_head_penalty(slopes: Sequence[Tensor]) -> Float[Tensor, ""]:
     """Return the mean over levels, batch and places of ‖∂ΣD_k / ∂n_k(real)‖²_C.
 
     ADD's R1 on the heads' inputs (arXiv:2311.17042, §3.2). A mean over places, so that γ does not
     depend on the crop; double backward runs through the heads alone.
 
     Args:
-        scores: The heads' maps of the real features.
-        features: The heads' inputs, detached from the trunk, with ``requires_grad``.
+        slopes: ∂ΣD_k / ∂n_k, a level each.
     """
-    total = torch.stack([level.sum() for level in scores]).sum()
-    slopes = torch.autograd.grad(total, list(features), create_graph=True)
     return torch.stack([slope.float().square().sum(dim=1).mean() for slope in slopes]).mean()
 
 

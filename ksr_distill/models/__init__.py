@@ -3,7 +3,7 @@
 # diffusers resolves ["ksr_distill.models", "KSRUNet"] only where the base class can be seen too.
 from diffusers import ModelMixin
 
-from ksr_distill.models.critic import Critic, CriticHeads
+from ksr_distill.models.critic import Critic, CriticHeads, judge
 from ksr_distill.models.refiner import RefinerContext, RefinerUNet
 from ksr_distill.models.unet import Encoded, KSRUNet
 
@@ -15,4 +15,5 @@ __all__ = [
     "ModelMixin",
     "RefinerContext",
     "RefinerUNet",
+    "judge",
 ]

@@ -69,6 +69,12 @@ class CriticHeads(nn.Module):
             ]
 
 
+def judge(heads: CriticHeads, features: Sequence[Tensor], t: Int[Tensor, " b"]) -> list[Tensor]:
+    """Return the heads' scores; gradient flows to the features, never to the heads."""
+    frozen = {name: weight.detach() for name, weight in heads.named_parameters()}
+    return torch.func.functional_call(heads, frozen, (features, t))
+
+
 class Critic(nn.Module):
     """Frozen trunk and heads.
 
@@ -102,6 +108,8 @@ class Critic(nn.Module):
     ) -> list[Tensor]:
         """Return what the heads read, per level; gradient flows to x_t, never to the trunk."""
         levels = self.encode(x_t, t, lowres).levels
-        if not self.normalise_features:
-            return list(levels)
+        return self.normalise(levels) if self.normalise_features else list(levels)
+
+    def normalise(self, levels: Sequence[Tensor]) -> list[Tensor]:
+        """Return the levels divided by their GroupNorm statistics, in float32."""
         return [group_norm(level.float(), self.num_groups) for level in levels]

@@ -2,9 +2,9 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,8 @@ from ksr_distill.training.settings import PlayerOptim
 from ksr_distill.types import Batch
 
 log = logging.getLogger(__name__)
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class UpdateModule(LightningModule):
@@ -81,9 +83,17 @@ class UpdateModule(LightningModule):
 
     def set_wrapped(self, name: str, wrapped: nn.Module) -> None:
         """Use this wrapper (DDP, compiled) for gradient-carrying forwards of a network."""
-        # The critic's heads stay eager: compiled graphs have no double backward, which R1 needs.
-        compiles = self.compile_networks and name == self.averaged
-        self._wrapped[name] = cast(nn.Module, torch.compile(wrapped)) if compiles else wrapped
+        self._wrapped[name] = self.compiled(wrapped)
+
+    def compiled(self, function: F) -> F:
+        """Return a network or function as gradient-carrying passes should call it.
+
+        Shapes are compiled as they come: crops have one size, and a first small batch (DDP's
+        rehearsal) would otherwise make every later kernel one for any size.
+        """
+        if not self.compile_networks:
+            return function
+        return cast(F, torch.compile(cast(Any, function), dynamic=False))
 
     def wrapped(self, name: str) -> nn.Module:
         """Return the network as gradient-carrying forwards should call it."""

@@ -21,12 +21,12 @@ from ksr_distill.losses import (
     drift_penalty,
     feature_matching_loss,
     lowres_consistency_loss,
-    r1_head_penalty,
+    scores_and_r1,
     student_loss,
     weighted_l1,
     wgan_gp_head_penalty,
 )
-from ksr_distill.models import Critic, KSRUNet
+from ksr_distill.models import Critic, KSRUNet, judge
 from ksr_distill.randomness import Stream
 from ksr_distill.training.balance import GradientBalance
 from ksr_distill.training.base import UpdateModule
@@ -106,8 +106,11 @@ class DistillationModule(UpdateModule):
         self.student = student
         self.student_ema = self.average_of(student)
         self.critic = critic
-        if self.compile_networks:
-            critic.encode = torch.compile(critic.encode)
+        critic.encode = self.compiled(critic.encode)
+        critic.normalise = self.compiled(critic.normalise)
+        self.judge = self.compiled(judge)
+        self.scores_and_r1 = self.compiled(scores_and_r1)
+        self.feature_matching_loss = self.compiled(feature_matching_loss)
         self.schedule = NoiseSchedule("linear")
         self.timesteps = tuple(timesteps)
         self.game = game
@@ -199,18 +202,17 @@ class DistillationModule(UpdateModule):
         for i, (r, play) in enumerate(zip(rounds, plays, strict=True)):
             with self.no_sync_but_last("critic", i, len(rounds)):
                 losses = self.critic_losses(r, play)
-                self.manual_backward(losses["train/loss_critic"] / len(rounds))
+                with self.in_float32():
+                    self.manual_backward(losses["train/loss_critic"] / len(rounds))
         return {**losses, "train/critic_gradient_norm": self.step("critic")}
 
     def critic_losses(self, r: Round, play: Play) -> dict[str, Tensor]:
-        """Return the critic's loss and its parts; the heads see real and fake in one pass."""
+        """Return the critic's loss and its parts."""
         terms = self.critic_terms
-        real = [n.detach().float().requires_grad_() for n in play.real]
-        both = [torch.cat([a, b.detach().float()]) for a, b in zip(real, play.fake, strict=True)]
-        scores = [level.chunk(2) for level in self.wrapped("critic")(both, r.critic_t.repeat(2))]
-        scores_real, scores_fake = ([pair[i] for pair in scores] for i in (0, 1))
+        with self.in_float32():
+            scores_fake = self.wrapped("critic")(self.heads_inputs(play.fake), r.critic_t)
+        scores_real, penalty = self.scores_and_penalty(r, play)
         gap = critic_loss(scores_real, scores_fake)
-        penalty = self.gradient_penalty(r, play, real, scores_real)
         drift = drift_penalty(scores_real)
         shown = ([s.detach() for s in side] for side in (scores_real, scores_fake))
         self.table = Table(r.x_0, play.pred_x_0.detach(), self.timesteps[r.k], *shown)
@@ -220,26 +222,40 @@ class DistillationModule(UpdateModule):
             "train/gradient_penalty": penalty,
         }
 
-    def gradient_penalty(
-        self, r: Round, play: Play, real: list[Tensor], scores_real: Sequence[Tensor]
-    ) -> Float[Tensor, ""]:
-        """Return R, without its weight γ.
-
-        Args:
-            real: The heads' real inputs, leaves of the graph of ``scores_real``.
-        """
+    def scores_and_penalty(self, r: Round, play: Play) -> tuple[list[Tensor], Float[Tensor, ""]]:
+        """Return the scores of the originals, and R without its weight γ."""
         heads, kind = self.critic.heads, self.critic_terms.penalty
+        real = self.heads_inputs(play.real)
         if kind == "r1_head":
-            return 0.5 * r1_head_penalty(scores_real, real)
+            with self.in_float32():
+                scores, penalty = self.scores_and_r1(heads, real, r.critic_t)
+            return scores, 0.5 * penalty
+        scores = heads(real, r.critic_t)
+        penalty = scores[0].new_zeros(())
         if kind == "wgan_gp_head":
-            return wgan_gp_head_penalty(heads, real, play.fake, r.critic_t, generator=r.generator)
+            with self.in_float32():
+                penalty = wgan_gp_head_penalty(
+                    heads, real, play.fake, r.critic_t, generator=r.generator
+                )
         if kind == "ar1":
             xi = noise_from(r.generator, r.x_0.shape, device=r.x_0.device)(0)
             with torch.no_grad():
                 perturbed = self.look(r.x_0 + self.critic_terms.ar1_sigma * xi, r)
-            perturbed = [n.requires_grad_() for n in perturbed]  # see rehearsal_loss: a crash
-            return approximate_r1_penalty(scores_real, heads(perturbed, r.critic_t))
-        return scores_real[0].new_zeros(())
+            penalty = approximate_r1_penalty(
+                scores, heads(self.heads_inputs(perturbed), r.critic_t)
+            )
+        return scores, penalty
+
+    def heads_inputs(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return features that the heads learn from, without a way back to the trunk."""
+        # On a CPU torch 2.13's channels_last GroupNorm crashes in a backward that does not reach
+        # its input.
+        asks = self.device.type == "cpu"
+        return [n.detach().float().requires_grad_(asks) for n in features]
+
+    def in_float32(self) -> torch.autocast:
+        """Return a context without autocast: double backward would call convolutions in bf16."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def student_turn(
         self, rounds: Sequence[Round], plays: Sequence[Play] | None
@@ -262,12 +278,14 @@ class DistillationModule(UpdateModule):
         """Return the terms whose weight is not 0, by name."""
         weights, losses = self.student_terms, {}
         if weights.adversarial:
-            losses["adversarial"] = student_loss(self.critic.heads(play.fake, r.critic_t))
+            losses["adversarial"] = student_loss(
+                self.judge(self.critic.heads, play.fake, r.critic_t)
+            )
         if weights.l1:
             certainty = self.schedule.signal(r.t) / self.schedule.signal(r.t * 0 + LAST_TIMESTEP)
             losses["l1"] = weighted_l1(play.pred_x_0, r.x_0, certainty)
         if weights.feature_matching:
-            losses["feature_matching"] = feature_matching_loss(play.fake, play.real)
+            losses["feature_matching"] = self.feature_matching_loss(play.fake, play.real)
         if weights.lowres_consistency:
             losses["lowres_consistency"] = lowres_consistency_loss(
                 play.pred_x_0, r.x_0, scale=self.scale
@@ -309,10 +327,8 @@ class DistillationModule(UpdateModule):
         if name == "student":
             return self.wrapped("student")(image, t, image).float().square().mean()
         with torch.no_grad():
-            features = [n.float() for n in self.critic.features(image, t, image)]
-        # As in a turn; besides, torch 2.13's channels_last GroupNorm on the CPU crashes in a
-        # backward that does not reach its input.
-        features = [n.requires_grad_() for n in features]
+            features = self.critic.features(image, t, image)
+        features = self.heads_inputs(features)
         return torch.stack([s.mean() for s in self.wrapped("critic")(features, t)]).sum()
 
     def samplers(self) -> dict[str, Sampler]:

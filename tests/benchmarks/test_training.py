@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import loader, startup, training
 from benchmarks.boards import composed, make_board, random_batch, write_random_teacher
 from benchmarks.profiling import kind_of
 from ksr_distill.models import KSRUNet
+from ksr_distill.training.arithmetic import ArithmeticCounter
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_training_benchmark_names_its_figures_and_its_machine(results):
 def test_counted_operations_of_a_student_are_those_of_its_convolutions():
     unet = KSRUNet(base_channels=4, channel_multipliers=(1,), num_blocks=(1,),
                    time_embedding_dim=8, num_groups=2)  # fmt: skip
-    with FlopCounterMode(display=False) as counter:
+    with ArithmeticCounter() as counter:
         unet(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 3, 4, 4))
     # 2 · 9 taps · in · out · pixels: first, two in each of two blocks, last; and the time's layers.
     blocks = 4 * 4 + 4 * 4  # down
@@ -50,10 +50,10 @@ def test_an_update_is_made_of_its_turns(tmp_path):
     module, batch = make_board(config, device), random_batch(1, 32, device)
     flops = {}
     for name, turn in training.turns_of(module).items():
-        with FlopCounterMode(display=False) as counter:
+        with ArithmeticCounter() as counter:
             turn(module, batch)
         flops[name] = counter.get_total_flops()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with ArithmeticCounter() as counter, torch.no_grad():
         module.play(module.deal(batch)[0], with_gradient=False)
     # The update shares the student's and the trunk's forward passes between the turns.
     assert (

@@ -10,10 +10,12 @@ from ksr_distill.losses import (
     feature_matching_loss,
     lowres_consistency_loss,
     r1_head_penalty,
+    scores_and_r1,
     student_loss,
     weighted_l1,
     wgan_gp_head_penalty,
 )
+from ksr_distill.models import CriticHeads
 
 
 def maps(*values):
@@ -32,21 +34,48 @@ def test_large_and_small_levels_count_alike():
     assert student_loss(real).item() == -2.0
 
 
+def linear_heads(weight):
+    return lambda features, _t: [(n * weight[:, None, None]).sum(1, keepdim=True) for n in features]
+
+
 def test_r1_of_a_linear_critic_is_its_squared_slope_whatever_the_size():
     weight = torch.tensor([3.0, 4.0])
     for side in (2, 8):
-        features = [torch.randn(2, 2, side, side, requires_grad=True)]
-        scores = [(features[0] * weight[:, None, None]).sum(1, keepdim=True)]
-        assert r1_head_penalty(scores, features).item() == pytest.approx(25.0, rel=1e-5)
+        features = [torch.randn(2, 2, side, side)]
+        scores, penalty = scores_and_r1(linear_heads(weight), features, torch.zeros(2))
+        assert penalty.item() == pytest.approx(25.0, rel=1e-5)
+        assert torch.equal(scores[0], linear_heads(weight)(features, None)[0])
+
+
+def test_r1_is_the_mean_over_levels_and_places():
+    slopes = [torch.full((2, 3, 2, 2), 2.0), torch.zeros(2, 5, 1, 1)]
+    assert r1_head_penalty(slopes).item() == 6.0
 
 
 def test_r1_can_be_lowered_by_the_critic():
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    features = [torch.randn(1, 2, 4, 4, requires_grad=True)]
-    r1_head_penalty(
-        [(features[0] * weight[:, None, None]).sum(1, keepdim=True)], features
-    ).backward()
+    scores_and_r1(linear_heads(weight), [torch.randn(1, 2, 4, 4)], torch.zeros(1))[1].backward()
     assert torch.allclose(weight.grad, torch.tensor([6.0, 8.0]))
+
+
+def test_r1_by_func_is_r1_by_a_second_graph():
+    torch.manual_seed(0)
+    heads = CriticHeads((8, 16), channels=8)
+    features = [torch.randn(2, 8, 4, 4), torch.randn(2, 16, 2, 2)]
+    t = torch.tensor([20, 300])
+
+    def of_weights(loss):
+        return torch.autograd.grad(loss, list(heads.parameters()), allow_unused=True)
+
+    scores, penalty = scores_and_r1(heads, features, t)
+    ours = of_weights(penalty + scores[0].mean())
+    leaves = [n.clone().requires_grad_() for n in features]
+    levels = heads(leaves, t)
+    total = torch.stack([level.sum() for level in levels]).sum()
+    slopes = torch.autograd.grad(total, leaves, create_graph=True)
+    theirs = of_weights(r1_head_penalty(slopes) + levels[0].mean())
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None and b is None) or torch.allclose(a, b, atol=1e-7)
 
 
 @pytest.mark.parametrize(("slope", "expected"), [(1.0, 0.0), (3.0, 4.0)])
