@@ -25,7 +25,6 @@ from torch import nn
 from typing_extensions import override
 
 from ksr_distill.training.arithmetic import ArithmeticCounter
-from ksr_distill.training.arithmetic import ArithmeticCounter
 from ksr_distill.training.checkpoints import RunCheckpoint, callbacks_of, completed_updates
 
 log = logging.getLogger(__name__)
