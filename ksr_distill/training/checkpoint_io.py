@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import pickle
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -271,6 +272,13 @@ class AtomicCheckpointIO(CheckpointIO):
             )
         else:
             self.failure = None
+
+    def when_written(self, action: Callable[[], None]) -> None:
+        """Do something after everything handed over is on the disk, without waiting for it."""
+        if self.is_writing:
+            self._pending = self._writer.submit(action)  # the one thread takes them in turn
+        else:
+            action()
 
     @property
     def is_writing(self) -> bool:

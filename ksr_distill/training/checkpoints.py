@@ -50,6 +50,16 @@ def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
 
+def note_metrics(path: Path, metrics: dict[str, float]) -> None:
+    """Write figures into a checkpoint's manifest; a run is worth more than its figures."""
+    if not path.exists():  # its write has failed, and said so
+        return
+    try:
+        write_manifest(path, {**read_manifest(path), "metrics": metrics})
+    except (OSError, ValueError) as error:
+        log.warning("%s: %s were not noted (%s); training goes on", path.name, metrics, error)
+
+
 def lay_out_as_parameters(optimizers: Iterable[Optimizer]) -> None:
     """Give an optimiser's moments the memory format of their parameters.
 
@@ -198,7 +208,7 @@ class RunCheckpoint(Checkpoint):
             )
         figure = float(trainer.callback_metrics[self.monitor])
         if completed_updates(trainer) == self._last_saved_update:
-            self._annotate(trainer, figure)
+            self._annotate(trainer, {self.monitor: figure})
         elif trainer.strategy.broadcast(self._would_be_kept(figure)):
             self._save(trainer, metrics={self.monitor: figure})
 
@@ -209,12 +219,14 @@ class RunCheckpoint(Checkpoint):
         worst_kept = read_manifest(best[self.keep_best - 1])["metrics"][self.monitor]
         return figure >= worst_kept if self.mode == "max" else figure <= worst_kept
 
-    def _annotate(self, trainer: pl.Trainer, figure: float) -> None:
+    def _annotate(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
+        """Note them when the file is there: nobody waits for a write that is still going on."""
         path = path_of_update(self.folder, self._last_saved_update)
-        self.io.wait()
-        if trainer.is_global_zero and path.exists():
-            write_manifest(path, {**read_manifest(path), "metrics": {self.monitor: figure}})
-        self._tidy(trainer)
+        if trainer.is_global_zero:
+            self.io.when_written(lambda: note_metrics(path, metrics))
+        self._is_untidy = True
+        if not self.io.is_writing:
+            self._tidy(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

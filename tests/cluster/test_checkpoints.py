@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ksr_distill.training.checkpoint_io import (
     AtomicCheckpointIO,
     manifest_path,
     read_checkpoint,
+    read_manifest,
     write_checkpoint,
 )
 from ksr_distill.training.checkpoints import last_good_checkpoint, lay_out_as_parameters
@@ -108,6 +110,29 @@ def test_a_background_save_holds_the_weights_of_its_moment(tmp_path: Path) -> No
     weight.fill_(1)
     io.wait()
     assert not read_checkpoint(tmp_path / "update-000000001.ckpt")["state_dict"]["weight"].any()
+
+
+def test_a_validation_does_not_wait_for_a_write_and_its_figure_is_noted_after_it(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    may_write, waited = threading.Event(), []
+
+    def write(checkpoint: Any, path: Path, facts: Any) -> None:
+        may_write.wait(30)
+        write_checkpoint(checkpoint, path, facts)
+
+    def at(module: TwoPlayers, place: str) -> None:
+        if place == "critic's turn" and module.update == 3:  # the validation at 3 has ended
+            waited.append(list(tmp_path.glob("update-*.ckpt")))
+            may_write.set()
+
+    monkeypatch.setattr("ksr_distill.training.checkpoint_io.write_checkpoint", write)
+    module = TwoPlayers(num_updates=4)
+    module.at = at
+    train(tmp_path, module=module, checkpoint={"every_updates": 3, "background_above_mb": 0.0})
+    assert waited == [[]]
+    assert read_manifest(path_of_update(tmp_path, 3))["metrics"] == {"val/psnr_y": 1.0}
+    assert (tmp_path / "best.ckpt").resolve() == path_of_update(tmp_path, 3)
 
 
 def test_a_foreground_and_a_background_run_end_equal(tmp_path: Path) -> None:
@@ -246,13 +271,13 @@ def test_a_run_whose_end_cannot_be_saved_does_not_end_well(
         train(tmp_path, module=TwoPlayers(num_updates=2))
 
 
-def save_and_save_again(folder: Path) -> None:
+def save_and_save_again(folder: Path, *, background_above_mb: float) -> None:
     os.environ["TMPDIR"] = "/dev/shm"  # another file system, as node-local disks are on clusters
-    io = AtomicCheckpointIO(background_above_mb=1e9)
+    io = AtomicCheckpointIO(background_above_mb=background_above_mb)
     state = {"state_dict": {"weight": torch.ones(5_000_000)}}
     for update in range(1, 10_000):
         io.save_checkpoint(state, path_of_update(folder, update), {"update": update})
-        io.remove_checkpoint(path_of_update(folder, update - 2))
+        io.remove_checkpoint(path_of_update(folder, update - 3))
 
 
 @pytest.mark.parametrize("num_kills", [6, pytest.param(40, marks=pytest.mark.slow)])
@@ -262,7 +287,8 @@ def test_a_save_killed_at_any_point_leaves_a_good_checkpoint(
     draws = random.Random(num_kills)
     for i in range(num_kills):
         folder = tmp_path / str(i)
-        saving = Processes(1, save_and_save_again, folder)
+        background = {"background_above_mb": [0, 1e9][i % 2]}
+        saving = Processes(1, save_and_save_again, folder, **background)
         wait_until(lambda folder=folder: any(folder.glob("*.ckpt")))
         time.sleep(draws.uniform(0, 0.2))
         saving.kill()
