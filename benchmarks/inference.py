@@ -38,6 +38,7 @@ from benchmarks.profiling import print_profile
 from ksr_distill.inference import KSRFlashPipeline
 from ksr_distill.inference.acceleration import accelerate, can_accelerate, operations, restore
 from ksr_distill.inference.noise import Window
+from ksr_distill.inference.offload import take_turns
 from ksr_distill.inference.passes import SuperResolutionPass
 from ksr_distill.inference.refine import (
     RefinerPass,
@@ -258,7 +259,7 @@ def offloaded(bench: Bench) -> dict[str, float]:
     """Return seconds and peak memory with the networks taking turns on the device."""
     if bench.device.type != "cuda":
         return {}
-    bench.pipe.enable_model_cpu_offload(device=bench.device)
+    take_turns(bench.pipe, bench.device)
     gc.collect()
     torch.cuda.empty_cache()
     bench.latents = bench.large = bench.lowres = torch.empty(0)

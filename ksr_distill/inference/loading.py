@@ -11,7 +11,9 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
 from ksr_distill.inference import cpu
+from ksr_distill.inference.acceleration import accelerate, can_accelerate
 from ksr_distill.inference.memory import as_size, free_memory_bytes
+from ksr_distill.inference.offload import take_turns
 from ksr_distill.inference.pipeline import KSRFlashPipeline
 from ksr_distill.inference.teacher import KSRTeacherPipeline
 
@@ -24,6 +26,7 @@ PIPELINES: dict[str, type[Pipeline]] = {
     for pipeline_class in (KSRFlashPipeline, KSRTeacherPipeline)
 }
 
+FAST_DTYPES = {"default": torch.float16}
 HALF_DTYPES = {"default": torch.float16, "movq": torch.float32}
 CPU_DTYPES = {"default": torch.bfloat16, "movq": torch.float32}
 
@@ -47,9 +50,9 @@ def pick_device(name: str | None) -> torch.device:
 def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> Pipeline:
     """Return the pipeline of a model folder, a student's or a teacher's.
 
-    Half precision on accelerators, with MoVQ in float32 as the released system runs it; on a CPU
-    bfloat16 where it has the instructions, else float32. Weights that do not fit into the
-    accelerator together are moved there one by one.
+    float16 and the fast operations on NVIDIA GPUs; on other accelerators half precision with MoVQ
+    in float32, as the released system runs it; on a CPU bfloat16 where it has the instructions,
+    else float32. Networks that do not fit into the accelerator together take turns there.
 
     Args:
         fp32: Full precision everywhere.
@@ -66,7 +69,8 @@ def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> 
     diffusers_logging.disable_progress_bar()
     is_cpu = device.type == "cpu"
     half = not fp32 and (cpu.multiplies_bf16() if is_cpu else True)
-    half_dtypes = CPU_DTYPES if is_cpu else HALF_DTYPES
+    is_fast = half and can_accelerate(device)
+    half_dtypes = CPU_DTYPES if is_cpu else FAST_DTYPES if is_fast else HALF_DTYPES
     try:
         with warnings.catch_warnings():
             # diffusers renames this argument; both names have to work over our range of versions.
@@ -81,6 +85,9 @@ def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> 
     except (RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
+    if is_fast:
+        networks = (getattr(pipeline, name, None) for name in ("sr", "refiner", "movq"))
+        accelerate(*(network for network in networks if network is not None))
     return _placed(pipeline, device)
 
 
@@ -112,6 +119,6 @@ def _placed(pipeline: Pipeline, device: torch.device) -> Pipeline:
     needed = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     if device.type == "cuda" and needed > 0.6 * free_memory_bytes(device):
         logger.warning("%s of weights: the networks take turns on the GPU", as_size(needed))
-        pipeline.enable_model_cpu_offload(device=device)
+        take_turns(pipeline, device)
         return pipeline
     return pipeline.to(device)

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_TILE_PX = 64
 
+STUDENT_SCHEDULE = NoiseSchedule("linear")
+"""One for all tiles: its tables are copied to the device once, and a copy waits for the device."""
+
 POLL_SECONDS, MAX_POLL_SECONDS = 0.1, 10.0
 
 
@@ -95,7 +98,7 @@ class SuperResolutionPass:
             self.denoise,
             tiles.to(self.device),
             timesteps=self.timesteps,
-            schedule=NoiseSchedule("linear"),
+            schedule=STUDENT_SCHEDULE,
             draw_noise=self.noise.source(windows, device=self.device),
             on_step=self.on_step,
         ).to(self.dtype)

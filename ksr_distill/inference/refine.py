@@ -22,6 +22,9 @@ from ksr_distill.types import NoiseSource
 
 MAX_REFINE_STEPS = 2
 
+REFINER_SCHEDULE = NoiseSchedule("cosine")
+"""One for all tiles: its tables are copied to the device once, and a copy waits for the device."""
+
 LARGEST_LATENT_TILE = 352
 """Side of the released refiner's tiles (KandiSuperRes): 2816 px of the picture."""
 
@@ -57,13 +60,12 @@ def refine_latents(
         mask: 1 keeps a token; None keeps all.
         draw_noise: Draw i is the noise of step i.
     """
-    schedule = NoiseSchedule("cosine")
     tokens = tokens.to(latents.device, refiner.dtype).expand(latents.shape[0], -1, -1)
     for i, timestep in enumerate(timesteps):
         t = torch.full((latents.shape[0],), timestep, device=latents.device)
-        x_t = schedule.add_noise(latents, draw_noise(i), t)
+        x_t = REFINER_SCHEDULE.add_noise(latents, draw_noise(i), t)
         eps = refiner(x_t.to(refiner.dtype), t, tokens, mask).sample.float()
-        latents = (x_t - schedule.noise(t) * eps) / schedule.signal(t)
+        latents = (x_t - REFINER_SCHEDULE.noise(t) * eps) / REFINER_SCHEDULE.signal(t)
     return latents
 
 
@@ -205,6 +207,8 @@ def _blend(compute: Callable[[int], Tensor], plan: TilePlan) -> Tensor:
     for index in range(len(plan)):
         row, column = divmod(index, len(plan.columns.starts))
         tile = tile if index == 0 else compute(index)
-        weights = plan.rows.weights(row)[:, None] * plan.columns.weights(column)
-        _part(total, plan.window(index)).add_(weights.to(tile.device) * tile)
+        # Copied without waiting: the device is still busy with the tile.
+        own_rows = plan.rows.weights(row).to(tile.device, non_blocking=True)
+        own_columns = plan.columns.weights(column).to(tile.device, non_blocking=True)
+        _part(total, plan.window(index)).add_(own_rows[:, None] * own_columns * tile)
     return total

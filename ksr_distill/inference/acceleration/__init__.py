@@ -45,6 +45,7 @@ def accelerate(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
     """
     for network in networks:
         _lay_out(network, torch.channels_last)
+        network.__dict__["is_accelerated"] = True
         if isinstance(network, VQModel):
             _bind(network, "encode", apply_forward_hook(_with_measured_convolutions(_encode)))
             _bind(network, "decode", apply_forward_hook(_with_measured_convolutions(_decode)))
@@ -57,7 +58,7 @@ def accelerate(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
 def restore(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
     """Let networks run as their classes say."""
     for network in networks:
-        for name in ("encode", "decode") if isinstance(network, VQModel) else ("forward",):
+        for name in ("encode", "decode", "forward", "is_accelerated"):
             network.__dict__.pop(name, None)
         _lay_out(network, torch.contiguous_format)
 

@@ -134,7 +134,7 @@ def apply_norm(
     grid = (math.ceil(height * width / PIXELS_AT_ONCE), math.ceil(channels / PIXEL_CHANNELS))
     for i in range(batch):
         _kernels().apply_norm_kernel[grid](
-            pixels[i], norm.affine[i], _of(norm.spatial, i), out[i], height * width, height, width,
+            pixels[i], norm.affine[i], _of(norm.spatial, i), out[i], height * width, width,
             channels, SILU=norm.silu, SPATIAL=_ratio(norm, width), PIXELS=PIXELS_AT_ONCE,
             CHANNELS=PIXEL_CHANNELS,
         )  # fmt: skip
@@ -179,6 +179,7 @@ def prefers_winograd(conv: nn.Conv2d, pixels: Tensor, *, doubles: bool = False) 
         and conv.stride == (1, 1)
         and conv.padding == (1, 1)
         and min(conv.in_channels, conv.out_channels) >= WINOGRAD_CHANNELS
+        and conv.in_channels % TILE_CHANNELS == conv.out_channels % TILE_CHANNELS == 0
         and pixels.dtype == torch.float16
         and pixels.shape[2] * pixels.shape[3] * (4 if doubles else 1) >= 4 * conv.in_channels
     )
@@ -208,6 +209,7 @@ def _winograd(
     batch, channels, height, width = pixels.shape
     height, width = height * up, width * up
     across, down = math.ceil(width / 4), math.ceil(height / 4)
+    whole = height % 4 == 0 and width % 4 == 0
     out_channels = conv.out_channels
     weight = winograd_weight(conv.weight).transpose(1, 2)
     tile_bytes = 36 * 2 * (channels + out_channels)
@@ -236,15 +238,15 @@ def _winograd(
                 height, width, across, top * across, tiles, channels, scale,
                 NORM=norm is not None, SILU=norm is not None and norm.silu,
                 SPATIAL=0 if norm is None else _ratio(norm, width), UP=up,
-                TILES=TILES_AT_ONCE, CHANNELS=TILE_CHANNELS,
+                WHOLE=whole, TILES=TILES_AT_ONCE, CHANNELS=TILE_CHANNELS,
             )  # fmt: skip
             products = torch.bmm(transformed, weight)
             del transformed
             grid = (programs, math.ceil(out_channels / TILE_CHANNELS))
             _kernels().winograd_output_kernel[grid](
-                products, bias, _of(rest, i), out[i], sums[i],
+                products, bias, (out if rest is None else rest)[i], out[i], sums[i],
                 height, width, across, top * across, tiles, out_channels, 1 / scale,
-                number * programs, rounds, RESIDUAL=residual is not None, SUMS=True,
+                number * programs, rounds, RESIDUAL=rest is not None, WHOLE=whole,
                 TILES=TILES_AT_ONCE, CHANNELS=TILE_CHANNELS,
             )  # fmt: skip
     return Features(out, sums)
