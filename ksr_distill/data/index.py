@@ -23,6 +23,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ksr_distill.data.pictures import decode_stored
+from ksr_distill.durable import flush_to_disk
 
 FORMAT = "ksr-shard-index-1"
 
@@ -172,16 +173,7 @@ def replace_file(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in this folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_to_disk(path.parent)
 
 
 def _parse_header(content: dict) -> ShardHeader:

@@ -21,7 +21,6 @@ from ksr_distill.data.index import (
     index_path,
     read_index,
     replace_file,
-    sync_folder,
     write_index,
 )
 from ksr_distill.data.processes import ordered_map
@@ -34,6 +33,7 @@ from ksr_distill.data.sources import (
     is_validation,
     pack_photo,
 )
+from ksr_distill.durable import flush_to_disk
 
 SPLITS = ("train", "val")
 MANIFEST = "pack.json"
@@ -183,7 +183,7 @@ def _write_shard(shard: _Shard, photos: Iterable[PackedPhoto]) -> None:
             for entry, detail in zip(tar, details, strict=True)
         ]
     temporary.replace(shard.path)
-    sync_folder(shard.path.parent)
+    flush_to_disk(shard.path.parent)
     write_index(shard.path, members, skipped)
 
 

@@ -8,9 +8,9 @@ from urllib.parse import quote
 import jinja2
 import pyvips
 
+from ksr_distill.durable import replacing
 from ksr_distill.inference.jobs import Job
 from ksr_distill.inference.pictures import upright
-from ksr_distill.inference.writing import replacing
 
 PREVIEW_PX = 2048
 """Longest side of an embedded picture: about 1 MB each."""
@@ -36,8 +36,8 @@ def write_comparison(jobs: Sequence[Job], path: Path) -> None:
         title=f"{len(shown)} picture{'s' if len(shown) != 1 else ''}, before and after",
         cards=_cards(shown, path.parent),
     )
-    with replacing(path) as temporary:
-        page.dump(str(temporary), encoding="utf-8")
+    with replacing(path) as new:
+        page.dump(str(new), encoding="utf-8")
 
 
 def _cards(jobs: Sequence[Job], folder: Path) -> Iterator[dict[str, object]]:

@@ -1,9 +1,6 @@
 """Model folders: written whole or not at all, and read back before anything is called done."""
 
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +11,7 @@ from diffusers import DiffusionPipeline, ModelMixin, VQModel
 from safetensors import safe_open
 from torch import Tensor
 
+from ksr_distill.durable import replacing
 from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
 
 HALF_VARIANT = "fp16"
@@ -28,31 +26,18 @@ MODEL_CLASSES: dict[str, type[ModelMixin]] = {
 def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes the target when the block ends without an error.
 
-    Until then it lies beside the target under another name; after an error nothing is left.
-
     Args:
         overwrite: Replace what is there; it stays until the new folder is complete.
 
     Raises:
         ValueError: If the target exists, is not empty, and may not be overwritten.
     """
-    refuse_existing(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        folder = scratch / "new"
+    with new_file(target, overwrite=overwrite) as folder:
         folder.mkdir()
         yield folder
-        for path in [*folder.rglob("*"), folder]:
+        for path in folder.rglob("*"):
             if path.is_file():
                 path.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for its owner alone
-            flush_to_disk(path)
-        if target.exists():
-            target.replace(scratch / "old")
-        folder.replace(target)
-        flush_to_disk(target.parent)
-    finally:
-        shutil.rmtree(scratch)
 
 
 @contextmanager
@@ -64,14 +49,8 @@ def new_file(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     refuse_existing(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield scratch / target.name
-        flush_to_disk(scratch / target.name)
-        (scratch / target.name).replace(target)
-        flush_to_disk(target.parent)
-    finally:
-        shutil.rmtree(scratch)
+    with replacing(target) as new:
+        yield new
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
@@ -79,15 +58,6 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     is_taken = any(target.iterdir()) if target.is_dir() else target.exists()
     if is_taken and not overwrite:
         raise ValueError(f"{target} exists already; give another name, or --overwrite")
-
-
-def flush_to_disk(path: Path) -> None:
-    """Wait until a file's or folder's content has reached the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_model(model: ModelMixin, folder: Path, *, with_half: bool = False) -> None:

@@ -1,12 +1,9 @@
 """Rasters to files: row by row, so that memory does not grow with the picture, and atomically."""
 
 import logging
-import os
-import shutil
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import numpy as np
 import pyvips
 import torch
 
+from ksr_distill.durable import replacing
 from ksr_distill.inference.deepzoom import check_replaceable, write_deepzoom
 from ksr_distill.inference.images import quantised
 from ksr_distill.inference.noise import Window
@@ -102,46 +100,16 @@ def write_picture(raster: Raster, picture: Picture, target: Path, *, name: str, 
     if picture.alpha is not None:
         alpha = ResampledRaster(picture.alpha, raster.height, raster.width)
     stream = PngStream(raster, alpha, bits=bits, is_grey=picture.is_grey)
-    with replacing(target) as temporary:
+    check_replaceable(target)
+    with replacing(target) as new:
         try:
             image = _with_metadata(stream.image(), picture)
-            _save(image, temporary, name, title=target.name)
+            _save(image, new, name, title=target.name)
             if name == "tif":
-                _add_exif(temporary, picture)
+                _add_exif(new, picture)
         except pyvips.Error as error:
             stream.raise_its_error()
             raise OSError(f"{target} cannot be written: {in_one_line(error)}") from error
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Give a path beside the target, and move it there if all went well.
-
-    A crash leaves the old file or none, never half of one: the bytes are on the disk (fsync)
-    before the name changes.
-    """
-    temporary = target.with_name(f".{target.stem}.tmp{os.getpid()}{target.suffix}")
-    try:
-        yield temporary
-        _sync(temporary)
-        check_replaceable(target)
-        if target.is_dir():
-            shutil.rmtree(target)  # a folder cannot be replaced in one step
-        os.replace(temporary, target)  # noqa: PTH105 - the name of the promise
-        _sync(target.parent)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class PngStream:

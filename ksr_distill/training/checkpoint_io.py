@@ -20,6 +20,8 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
+from ksr_distill.durable import flush_to_disk
+
 log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp"
@@ -45,14 +47,6 @@ class _HashingWriter:
 
     def flush(self) -> None:
         self.file.flush()
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def manifest_path(path: Path) -> Path:
@@ -83,16 +77,16 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, facts: dict[str, An
                 # torch's zip writer speaks of positions where the disk was full
                 raise writer.error or error from error
             num_bytes = file.tell()
-        _flush_to_disk(temporary)
+        flush_to_disk(temporary)
         summary = {"sha256": writer.sha256.hexdigest(), "bytes": num_bytes, **facts}
         manifest_temporary.write_text(json.dumps(summary, indent=2) + "\n")
-        _flush_to_disk(manifest_temporary)
+        flush_to_disk(manifest_temporary)
         path.unlink(
             missing_ok=True
         )  # between the two moves no old file may stand under the new manifest
         manifest_temporary.replace(manifest)
         temporary.replace(path)
-        _flush_to_disk(path.parent)
+        flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
         manifest_temporary.unlink(missing_ok=True)
@@ -104,7 +98,7 @@ def write_manifest(path: Path, facts: dict[str, Any]) -> None:
     temporary = manifest.with_name(manifest.name + TEMPORARY)
     try:
         temporary.write_text(json.dumps(facts, indent=2) + "\n")
-        _flush_to_disk(temporary)
+        flush_to_disk(temporary)
         temporary.replace(manifest)
     finally:
         temporary.unlink(missing_ok=True)

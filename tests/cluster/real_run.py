@@ -153,12 +153,12 @@ def die_in_the_middle(update: int, place: str) -> None:
 
         DistillationModule.student_turn = turn
         return
-    flush = checkpoint_io._flush_to_disk
+    flush = checkpoint_io.flush_to_disk
 
     def flushing(path: Path) -> None:
         return die() if f"{update:09d}" in path.name else flush(path)
 
-    checkpoint_io._flush_to_disk = flushing
+    checkpoint_io.flush_to_disk = flushing
 
 
 def digest_of_run(folder: Path) -> str:

@@ -1,0 +1,57 @@
+import os
+
+import pytest
+
+from ksr_distill.durable import replacing
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_file_appears_when_the_block_ends_well(tmp_path):
+    with replacing(tmp_path / "a.txt") as new:
+        new.write_text("new")
+        assert not (tmp_path / "a.txt").exists()
+        assert new.suffix == ".txt"  # writers look at it
+    assert content(tmp_path) == {"a.txt": "new"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_after_an_error_the_old_one_is_there_and_nothing_else(tmp_path, kind):
+    old = tmp_path / "a" / "old.txt" if kind == "folder" else tmp_path / "a"
+    old.parent.mkdir(exist_ok=True)
+    old.write_text("old")
+    before = content(tmp_path)
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a") as new:
+        (new.mkdir() if kind == "folder" else new.write_text("half"))
+        raise ZeroDivisionError
+    assert content(tmp_path) == before
+
+
+def test_a_folder_takes_the_place_of_another_whole(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old.txt").write_text("old")
+    with replacing(tmp_path / "a") as new:
+        (new / "deep").mkdir(parents=True)
+        (new / "deep" / "new.txt").write_text("new")
+    assert content(tmp_path) == {"a/deep/new.txt": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_everything_is_on_the_disk_before_the_name_changes(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    )
+    with replacing(tmp_path / "a") as new:
+        new.mkdir()
+        (new / "b").write_text("b")
+    folder = str(new)
+    assert events == [f"{folder}/b", folder, str(tmp_path)]
+
+
+def test_a_block_that_makes_nothing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError), replacing(tmp_path / "a"):
+        pass
+    assert list(tmp_path.iterdir()) == []
