@@ -42,7 +42,7 @@ def shell_commands():
                 yield tuple(words)
 
 
-COMMANDS = sorted(set(shell_commands()) | set(quickstart.commands()))
+COMMANDS = sorted(set(shell_commands()) | set(quickstart.commands(quickstart.TRAINED_TEACHER)))
 
 
 def check_make(words):

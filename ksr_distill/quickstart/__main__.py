@@ -1,5 +1,6 @@
 """Run the path, each command echoed before it runs; an interrupted run continues."""
 
+import argparse
 import sys
 
 import typer
@@ -17,14 +18,22 @@ from ksr_distill.quickstart.results import add_enlarged_photo, add_usage, merge_
 
 def main() -> int:
     """Run what is not done yet and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m ksr_distill.quickstart")
+    parser.add_argument(
+        "--train-teacher", action="store_true",
+        help="train a small teacher first, instead of distilling the one that is shipped",
+    )  # fmt: skip
+    trains_teacher = parser.parse_args().train_teacher
     ledger = Ledger(path.FOLDER / "progress.json")
     try:
+        teacher = path.TRAINED_TEACHER if trains_teacher else path.shipped_teacher()
         path.copy_photos()
-        for command in path.train_and_enlarge():
+        begin = [path.pack(), *(path.train_teacher() if trains_teacher else ())]
+        for command in (*begin, *path.distil(teacher)):
             run_once(command, ledger)
-        runs = {"teacher": path.TEACHER, "student": path.STUDENT}
+        runs = {"student": path.STUDENT} | ({"teacher": path.TEACHER} if trains_teacher else {})
         merge_curves({run: folder / "metrics.csv" for run, folder in runs.items()}, path.CURVES)
-        run_once(path.evaluate(), ledger)
+        run_once(path.evaluate(teacher), ledger)
         report(ledger)
     except CommandInterruptedError:
         typer.echo("\ninterrupted; make quickstart continues from here", err=True)

@@ -10,13 +10,16 @@ from ksr_distill.data.sample_photos import (
     VALIDATION_PHOTOS,
     copy_sample_photos,
 )
+from ksr_distill.inference.bundled import bundled_models
 
 FOLDER = Path("outputs/quickstart")
 PHOTOS = FOLDER / "photos"
 HELD_OUT = FOLDER / "held_out"
 SHARDS = FOLDER / "shards"
-# conf/experiment/quickstart_{teacher,flash}.yaml name these two folders.
+SHIPPED_TEACHER = "mini_x2_teacher"
+# conf/experiment/quickstart_*.yaml name these two folders.
 TEACHER = FOLDER / "teacher"
+TRAINED_TEACHER = TEACHER / "export"
 STUDENT = FOLDER / "student"
 BEST, LAST = Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt")
 # A face of 224 px: four times its side in seconds, not in a minute.
@@ -30,6 +33,8 @@ COMPARISON = FOLDER / "comparison.png"
 COMPARED_PHOTO, COMPARED_PLACE = "chelsea", (135, 55)
 CURVES = FOLDER / "curves.csv"
 
+DATA = (f"data.shards={SHARDS}/train-000000.tar", f"data.val_shards={SHARDS}/val-000000.tar")
+
 Command = tuple[str, ...]
 
 
@@ -42,22 +47,50 @@ def copy_photos() -> None:
         image.crop(PHOTO_BOX).save(PHOTO)
 
 
-def commands() -> list[Command]:
-    """Return every command; each needs the ones before it."""
-    return [*train_and_enlarge(), evaluate()]
+def shipped_teacher() -> Path:
+    """Return the folder of the teacher that the package brings.
+
+    Raises:
+        ValueError: If it was installed without.
+    """
+    models = bundled_models()
+    if SHIPPED_TEACHER not in models:
+        raise ValueError(
+            f"this package was installed without its model {SHIPPED_TEACHER}; "
+            "run python -m ksr_distill.quickstart --train-teacher"
+        )
+    folder = models[SHIPPED_TEACHER]
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
-def train_and_enlarge() -> list[Command]:
-    """Return the commands from photos to enlarged photos."""
-    data = (
-        f"data.shards={SHARDS}/train-000000.tar",
-        f"data.val_shards={SHARDS}/val-000000.tar",
-    )
+def commands(teacher: Path) -> list[Command]:
+    """Return every command; each needs the ones before it.
+
+    Args:
+        teacher: The folder to distil: the shipped one, or TRAINED_TEACHER.
+    """
+    return [pack(), *train_teacher(), *distil(teacher), evaluate(teacher)]
+
+
+def pack() -> Command:
+    """Return the command that makes shards of the photos."""
+    return ("ksr", "shards", "pack", str(PHOTOS), str(SHARDS), "--val-match", "validation/*")
+
+
+def train_teacher() -> list[Command]:
+    """Return the commands that make TRAINED_TEACHER."""
     return [
-        ("ksr", "shards", "pack", str(PHOTOS), str(SHARDS), "--val-match", "validation/*"),
-        ("python", "train.py", "+experiment=quickstart_teacher", *data),
-        ("ksr", "export", str(TEACHER / BEST), str(TEACHER / "export"), "--overwrite"),
-        ("python", "train.py", "+experiment=quickstart_flash", *data),
+        ("python", "train.py", "+experiment=quickstart_teacher", *DATA),
+        ("ksr", "export", str(TEACHER / BEST), str(TRAINED_TEACHER), "--overwrite"),
+    ]
+
+
+def distil(teacher: Path) -> list[Command]:
+    """Return the commands from a teacher to enlarged photos."""
+    # A teacher trained here is a seventh of the shipped one's work, so its game is longer.
+    name = "quickstart_flash_tiny" if teacher == TRAINED_TEACHER else "quickstart_flash"
+    return [
+        ("python", "train.py", f"+experiment={name}", f"teacher={teacher}", *DATA),
         ("ksr", "export", str(STUDENT / LAST), str(STUDENT / "export"), "--overwrite"),
         *(upscale(scale) for scale in ENLARGED),
     ]
@@ -69,9 +102,11 @@ def upscale(scale: int) -> Command:
     return ("ksr", "upscale", str(PHOTO), *options.split())
 
 
-def evaluate() -> Command:
+def evaluate(teacher: Path) -> Command:
     """Return the command that measures teacher and student, and writes REPORT and METRICS."""
-    return ("python", "evaluate.py", "+experiment=quickstart", f"curves={CURVES}")
+    return (
+        "python", "evaluate.py", "+experiment=quickstart", f"teacher={teacher}", f"curves={CURVES}"
+    )  # fmt: skip
 
 
 def compared_pictures() -> list[tuple[str, Path]]:
