@@ -18,10 +18,14 @@ from ksr_distill.training.teacher import TeacherModule
 N = TypeVar("N", bound=torch.nn.Module)
 
 
-def teacher_module(*, model: dict[str, Any], channels_last: bool, **rest: Any) -> TeacherModule:
+def teacher_module(
+    *, model: dict[str, Any], channels_last: bool, gradient_checkpointing: bool, **rest: Any
+) -> TeacherModule:
     """Return the module of a teacher run: a new network, initialised from the seed alone."""
     with seeded_initialisation(rest["seed"]):
         unet = KSRUNet(**model)
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     return TeacherModule(unet=in_memory_format(unet, channels_last), **rest)
 
 
@@ -33,6 +37,7 @@ def distillation_module(
     normalise_features: bool,
     num_inference_steps: int,
     channels_last: bool,
+    gradient_checkpointing: bool,
     **rest: Any,
 ) -> DistillationModule:
     """Return the module of a distillation: student and critic's trunk start from the teacher.
@@ -40,10 +45,14 @@ def distillation_module(
     Args:
         teacher: A model folder.
         dropout: Of the student; 0, or the steps would disagree with inference.
+        gradient_checkpointing: In the student and in the trunk, which its gradient passes through.
     """
     folder = model_folder(teacher, key="teacher")
     trunk = KSRUNet.from_pretrained(folder, dropout=0.0)
     student = KSRUNet.from_pretrained(folder, dropout=dropout)
+    if gradient_checkpointing:
+        trunk.enable_gradient_checkpointing()
+        student.enable_gradient_checkpointing()
     with seeded_initialisation(rest["seed"]):
         critic = Critic(trunk, head_channels=head_channels, normalise_features=normalise_features)
     rest["record"] = {**rest["record"], "teacher_fingerprint": fingerprint(trunk)}

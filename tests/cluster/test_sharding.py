@@ -88,7 +88,8 @@ def settings(files: Path, val_shards: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def sharded(settings: dict[str, Any]) -> dict[str, Any]:
-    return {**settings, "changes": (*settings["changes"], "trainer.strategy=fsdp")}
+    more = ("trainer.strategy=fsdp", "gradient_checkpointing=true")
+    return {**settings, "changes": (*settings["changes"], *more)}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def finished(sharded: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-def test_shards_on_two_processes_train_as_one_process_does(
+def test_shards_and_recomputed_activations_train_as_one_whole_process_does(
     settings: dict[str, Any], finished: Path, tmp_path: Path
 ) -> None:
     Processes(1, run_and_tell_shares, tmp_path, **settings).succeed(120)
