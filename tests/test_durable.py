@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 
@@ -23,9 +24,14 @@ def test_after_an_error_the_old_one_is_there_and_nothing_else(tmp_path, kind):
     old.parent.mkdir(exist_ok=True)
     old.write_text("old")
     before = content(tmp_path)
-    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "a") as new:
-        (new.mkdir() if kind == "folder" else new.write_text("half"))
-        raise ZeroDivisionError
+
+    def fail_halfway():
+        with replacing(tmp_path / "a") as new:
+            new.mkdir() if kind == "folder" else new.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_halfway()
     assert content(tmp_path) == before
 
 
@@ -41,14 +47,11 @@ def test_a_folder_takes_the_place_of_another_whole(tmp_path):
 
 def test_everything_is_on_the_disk_before_the_name_changes(tmp_path, monkeypatch):
     events = []
-    monkeypatch.setattr(
-        os, "fsync", lambda descriptor: events.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-    )
+    monkeypatch.setattr(os, "fsync", lambda n: events.append(Path(f"/proc/self/fd/{n}").readlink()))
     with replacing(tmp_path / "a") as new:
         new.mkdir()
         (new / "b").write_text("b")
-    folder = str(new)
-    assert events == [f"{folder}/b", folder, str(tmp_path)]
+    assert events == [new / "b", new, tmp_path]
 
 
 def test_a_block_that_makes_nothing_is_an_error(tmp_path):
