@@ -191,13 +191,19 @@ def original(
     component: Annotated[
         str | None, typer.Option(help="Of a pipeline: sr (the default), refiner or movq.")
     ] = None,
+    null_embedding: Annotated[
+        Path | None,
+        typer.Option(help="kandinsky3_flash.pt: whose null_embedding a refiner's file gets."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Back: a model folder as a file for the released code."""
-    from ksr_distill.inference.conversion import write_original
+    from ksr_distill.inference.conversion import read_null_embedding, write_original
     from ksr_distill.inference.model_folders import load_model
 
-    write_original(load_model(folder, component), out, overwrite=overwrite)
+    embedding = None if null_embedding is None else read_null_embedding(null_embedding)
+    model = load_model(folder, component)
+    write_original(model, out, null_embedding=embedding, overwrite=overwrite)
     typer.echo(out.resolve())
 
 

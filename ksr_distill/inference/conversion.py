@@ -1,10 +1,10 @@
 """Released files to models; every error begins with the file it is about."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin, VQModel
@@ -12,7 +12,12 @@ from torch import Tensor
 
 from ksr_distill.inference.model_folders import check_same_weights, load_model, new_file
 from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
-from ksr_distill.models.released_files import read_content, read_state_dict, read_tensor
+from ksr_distill.models.released_files import (
+    check_tensors,
+    read_content,
+    read_state_dict,
+    read_tensor,
+)
 from ksr_distill.models.weight_configs import sr_unet_config
 from ksr_distill.models.weights import (
     context_from_released,
@@ -86,27 +91,56 @@ def read_context(path: Path, *, mask_path: Path | None = None) -> RefinerContext
     return _read(path, RefinerContext, convert, "context")
 
 
-def write_original(model: ModelMixin, path: Path, *, overwrite: bool = False) -> None:
+def write_original(
+    model: ModelMixin, path: Path, *, null_embedding: Tensor | None = None, overwrite: bool = False
+) -> None:
     """Write a file for the released code: ``{'unet': …}``, or the bare state dict of a MoVQ.
 
-    A warning says so where the file alone does not tell the number of groups.
+    A warning says so where the file alone does not tell the number of groups, or lacks what the
+    released code asks for.
+
+    Args:
+        null_embedding: Of ``read_null_embedding``. The released code asks a refiner's file for it.
     """
     state_dict = released_state_dict(model)
+    content: dict[str, Any] = state_dict if isinstance(model, VQModel) else {"unet": state_dict}
     if isinstance(model, KSRUNet):
-        guessed = sr_unet_config({name: value.shape for name, value in state_dict.items()})
-        if guessed["num_groups"] != model.config.num_groups:
-            logger.warning(
-                "%s has %d groups in its group norms, which the file cannot say: pass "
-                "groups=%d to the released code, or --num-groups to `ksr convert sr-unet`",
-                path,
-                model.config.num_groups,
-                model.config.num_groups,
-            )
-    content = state_dict if isinstance(model, VQModel) else {"unet": state_dict}
+        _warn_of_unusual_groups(model, state_dict, path)
+    if null_embedding is not None and not isinstance(model, RefinerUNet):
+        raise ValueError(f"--null-embedding belongs to a refiner, not to a {type(model).__name__}")
+    if null_embedding is not None:
+        content["null_embedding"] = null_embedding
+    elif isinstance(model, RefinerUNet):
+        logger.warning(
+            "%s has no null_embedding, which the released code asks for: to take it over, give "
+            "--null-embedding kandinsky3_flash.pt",
+            path,
+        )
     with new_file(path, overwrite=overwrite) as scratch:
         torch.save(content, scratch)
         read = read_content(scratch)
         check_same_weights(state_dict, read if isinstance(model, VQModel) else read["unet"], path)
+
+
+def read_null_embedding(path: Path) -> Tensor:
+    """Return the null_embedding of a released refiner's file, which no network of ours uses."""
+    with _errors_begin_with(path):
+        content = read_content(path)
+        if not isinstance(content, Mapping) or "null_embedding" not in content:
+            raise ValueError("has no null_embedding; give the released kandinsky3_flash.pt")
+        return check_tensors({"null_embedding": content["null_embedding"]}, path)["null_embedding"]
+
+
+def _warn_of_unusual_groups(unet: KSRUNet, state_dict: Mapping[str, Tensor], path: Path) -> None:
+    guessed = sr_unet_config({name: value.shape for name, value in state_dict.items()})
+    if guessed["num_groups"] != unet.config.num_groups:
+        logger.warning(
+            "%s has %d groups in its group norms, which the file cannot say: pass "
+            "groups=%d to the released code, or --num-groups to `ksr convert sr-unet`",
+            path,
+            unet.config.num_groups,
+            unet.config.num_groups,
+        )
 
 
 def _read(

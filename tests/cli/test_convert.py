@@ -185,6 +185,24 @@ def test_there_and_back_gives_the_released_file(files, tmp_path, kind, file, nam
     assert all(torch.equal(back[key], value) for key, value in released(name).items())
 
 
+def test_a_refiner_goes_back_with_the_null_embedding_that_the_released_code_asks_for(
+    files, tmp_path, caplog
+):
+    folder = converted("refiner", files / "kandinsky3_flash.pt", tmp_path / "folder")
+    converted("original", folder, tmp_path / "bare.pt")
+    assert "has no null_embedding, which the released code asks for" in caplog.text
+    options = ("--null-embedding", files / "kandinsky3_flash.pt")
+    path = converted("original", folder, tmp_path / "back.pt", *options)
+    assert torch.load(path, weights_only=True)["null_embedding"].shape == (1, 4)
+
+    sr = files / "KandiSuperRes_flash_x2.pt"
+    line = refused("original", folder, tmp_path / "other.pt", "--null-embedding", sr)
+    assert f"{sr}: has no null_embedding; give the released" in line
+    unet = converted("sr-unet", sr, tmp_path / "sr")
+    assert "belongs to a refiner" in refused("original", unet, tmp_path / "other.pt", *options)
+    assert not (tmp_path / "other.pt").exists()
+
+
 def test_groups_that_a_file_cannot_tell_are_told(files, tmp_path, caplog):
     file, options = files / "KandiSuperRes.ckpt", ("--num-groups", 16)
     folder = converted("sr-unet", file, tmp_path / "folder", *options)
