@@ -5,14 +5,23 @@
     python -m benchmarks.training --tiny          # seconds on a CPU
     python -m benchmarks.training --mini --profile
 
-``eager`` is the same algorithm without compilation, in PyTorch's own memory format; ``ours`` is
-what conf/train.yaml sets. TFLOP/s are those of convolutions and matrix products, counted in eager
-updates with the same draws, over the time of an update; their share is of a large bf16 product's.
+``ours`` is what conf/train.yaml sets; ``eager`` is the same algorithm without compilation, in
+PyTorch's own memory format, and ``recomputing`` with activation checkpointing of the student.
+TFLOP/s are those of convolutions and matrix products, counted in eager updates with the same
+draws, over the time of an update; their share is of a large bf16 product's.
 """
 
 import argparse
-import gc
+import fcntl
+import json
+import os
+import statistics
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +50,9 @@ from benchmarks.profiling import print_profile
 from ksr_distill.training.arithmetic import ArithmeticCounter
 from ksr_distill.training.base import UpdateModule
 
-FIRST_UPDATE = 100  # draws are a function of it: all rows see the same
+# Draws are a function of the update: all rows see the same. In these four the student is rolled out
+# once, three times, not at all, not at all: a forward pass in the mean; in the long run it is 1.1.
+FIRST_UPDATE, CALLS = 106, 4
 
 
 class Case(NamedTuple):
@@ -68,6 +79,7 @@ class Row(NamedTuple):
     tflops: float
     share_of_matmul: float
     peak_gb: float
+    matmul_tflops: float
 
 
 FULL = ("module=distillation", "model=ksr_x2", *STEADY)
@@ -89,63 +101,61 @@ class Bench:
     """Times one case in several modes.
 
     Args:
-        rate: FLOP/s of a large matrix product.
         calls: Updates in a row; the counted ones are the same.
     """
 
-    def __init__(
-        self, case: Case, folder: Path, device: torch.device, *, rate: float, calls: int
-    ) -> None:
+    def __init__(self, case: Case, folder: Path, device: torch.device, *, calls: int) -> None:
         config = composed(*case.overrides, f"teacher={folder}")
-        self.case, self.device, self.rate, self.calls = case, device, rate, calls
+        self.case, self.device, self.calls = case, device, calls
         if "distillation" in config["module"]["_target_"] and not (folder / "sr").exists():
             write_random_teacher(folder, config["model"])
         self.module = make_board(config, device)
         self.batch = random_batch(case.batch_size, case.crop_px, device)
         self.turns = turns_of(self.module)
         self.flops: dict[str, float] = {}
-
-    def count(self, turn: str) -> None:
-        """Count the arithmetic of the updates that will be timed."""
-        counter = ArithmeticCounter()
-        with torch.compiler.set_stance("force_eager"), counter:
-            for _ in range(self.calls):
-                self.play(turn)
-        self.flops[turn] = counter.get_total_flops() / self.calls
+        self.rate = matmul_rate(device)
 
     def play(self, turn: str) -> None:
         """Make one update, each time another of the ``calls`` ones."""
         self.module.update = FIRST_UPDATE + self.module.update % self.calls
         self.turns[turn](self.module, self.batch)
 
-    def eager(self, repeats: int) -> list[Row]:
-        """Return the baseline's rows."""
-        self.module.to(memory_format=torch.contiguous_format)
+    def lay_out(self, memory_format: torch.memory_format) -> None:
+        """Give weights, averages and moments a memory format."""
+        self.module.to(memory_format=memory_format)
         deal_optimizers(self.module)
+
+    def count(self) -> None:
+        """Count the arithmetic of the updates that will be timed."""
         with torch.compiler.set_stance("force_eager"):
             for turn in self.turns:
-                self.count(turn)
-            return [self.row(turn, "eager", repeats) for turn in self.turns]
+                with ArithmeticCounter() as counter:
+                    for _ in range(self.calls):
+                        self.play(turn)
+                self.flops[turn] = counter.get_total_flops() / self.calls
 
-    def ours(self, repeats: int, mode: str = "ours") -> list[Row]:
-        """Return the rows of conf/train.yaml's settings."""
-        torch._dynamo.reset()
-        self.module.to(memory_format=torch.channels_last)
-        deal_optimizers(self.module)
-        with phase(f"{self.case.name} {self.case.crop_px}: compiled, for {mode}"):
-            for turn in self.turns:
-                for _ in range(self.calls):
-                    self.play(turn)
+    def warm_up(self) -> None:
+        """Compile what compiles."""
+        for turn in self.turns:
+            for _ in range(self.calls):
+                self.play(turn)
             wait_for(self.device)
-        return [self.row(turn, mode, repeats) for turn in self.turns]
 
-    def row(self, turn: str, mode: str, repeats: int) -> Row:
-        """Time a turn."""
-        self.play(turn)
-        times = time_calls(
-            lambda: self.play(turn), calls=self.calls, repeats=repeats, device=self.device
-        )
-        return self.as_row(turn, mode, times)
+    def rows(self, mode: str, *, repeats: int, turns: Sequence[str] | None = None) -> list[Row]:
+        """Time turns; all, if none are named."""
+        timed = []
+        for turn in turns or self.turns:
+            self.play(turn)
+            times = time_calls(
+                partial(self.play, turn), calls=self.calls, repeats=repeats, device=self.device
+            )
+            timed.append(self.as_row(turn, mode, times))
+        return timed
+
+    def eager_rows(self, mode: str, **how: Any) -> list[Row]:
+        """Time turns without compilation."""
+        with torch.compiler.set_stance("force_eager"):
+            return self.rows(mode, **how)
 
     def as_row(self, turn: str, mode: str, times: Times) -> Row:
         """Return a table's line."""
@@ -153,29 +163,104 @@ class Bench:
         return Row(self.case.name, turn, mode, size, self.case.crop_px, times.seconds,
                    times.host_seconds, times.spread, size / times.seconds,
                    flops / times.seconds / 1e12, flops / times.seconds / self.rate,
-                   times.peak_gb)  # fmt: skip
+                   times.peak_gb, self.rate / 1e12)  # fmt: skip
 
 
-def checkpointed(module: UpdateModule) -> None:
-    """Let the student recompute its activations in the backward pass."""
+def recompute_activations(module: UpdateModule, yes: bool) -> None:
+    """Let the student recompute its activations in the backward pass, or not."""
     network: Any = getattr(module, module.averaged)
-    network.enable_gradient_checkpointing()
+    if yes:
+        network.enable_gradient_checkpointing()
+    else:
+        network.disable_gradient_checkpointing()
 
 
-def run_case(case: Case, options: argparse.Namespace, *, rate: float, folder: Path) -> list[Row]:
-    """Return a case's rows."""
+def run_case(case: Case, options: argparse.Namespace, folder: Path) -> list[Row]:
+    """Return a case's rows. Beside other cases: prepare together, measure alone."""
     device = torch.device(options.device)
+    name = f"{case.name}, {case.crop_px}²"
     with precision_of_training(device):
-        with phase(f"{case.name} {case.crop_px}: built"):
-            bench = Bench(case, folder, device, rate=rate, calls=options.calls)
-        with phase(f"{case.name} {case.crop_px}: eager"):
-            rows = bench.eager(repeats=1 if options.quick else 2)
-        rows += bench.ours(repeats=1 if options.quick else 3)
-        if options.profile:
-            print_profile(lambda: bench.play("update"), calls=options.calls, device=device)
-        if options.checkpointing:
-            checkpointed(bench.module)
-            rows += bench.ours(1, mode="ours, activations recomputed")
+        with beside_others(options.lock), phase(f"{name}: built and counted"):
+            bench = Bench(case, folder, device, calls=options.calls)
+            bench.count()
+        with beside_others(options.lock), phase(f"{name}: compiled"):
+            bench.lay_out(torch.channels_last)
+            bench.warm_up()
+            release(device)
+        with alone(options.lock), phase(f"{name}: measured"):
+            bench.rate = matmul_rate(device)
+            rows = bench.rows("ours", repeats=1 if options.quick else 3)
+            if options.profile:
+                print_profile(partial(bench.play, "update"), calls=options.calls, device=device)
+            release(device)
+            bench.lay_out(torch.contiguous_format)
+            rows += bench.eager_rows("eager", repeats=1)
+            release(device)
+            recompute_activations(bench.module, True)
+            rows += bench.eager_rows("eager, recomputing", repeats=1, turns=["update"])
+    return rows
+
+
+def release(device: torch.device) -> None:
+    """Give cached memory back: another case may be waiting for it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def locked(path: Path | None, kind: int) -> Iterator[None]:
+    """Hold a file's lock, if there is a file."""
+    if path is None:
+        yield
+        return
+    with path.open("w") as file:
+        fcntl.flock(file, kind)
+        yield
+
+
+@contextmanager
+def beside_others(lock: Path | None) -> Iterator[None]:
+    """Build or compile while others do."""
+    with locked(lock, fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def alone(lock: Path | None) -> Iterator[None]:
+    """Wait until nobody else compiles or measures."""
+    with locked(lock, fcntl.LOCK_EX):
+        yield
+
+
+def run_side_by_side(options: argparse.Namespace, numbers: Sequence[int]) -> list[Row]:
+    """Return all cases' rows, from a process each; show what they said.
+
+    Compiling takes most of the time and little of the device.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        arguments = ["--calls", str(options.calls), "--device", options.device,
+                     "--lock", str(folder / "lock"),
+                     *(["--profile"] if options.profile else []),
+                     *(["--quick"] if options.quick else []),
+                     *([f"--{options.size}"] if options.size else [])]  # fmt: skip
+        environment = {"TORCHINDUCTOR_COMPILE_THREADS": "6", **os.environ}
+        processes = []
+        for number in numbers:
+            command = [sys.executable, "-m", "benchmarks.training", "--only", str(number),
+                       "--rows", str(folder / f"{number}.json"), *arguments]  # fmt: skip
+            log = (folder / f"{number}.log").open("w")
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        for process in processes:
+            try:
+                process.wait(timeout=options.limit_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        rows = []
+        for number in numbers:
+            print((folder / f"{number}.log").read_text()[-9000:])
+            found = folder / f"{number}.json"
+            rows += [Row(**row) for row in json.loads(found.read_text())] if found.exists() else []
     return rows
 
 
@@ -199,39 +284,42 @@ def summary_of(rows: list[Row]) -> dict[str, float]:
     return {
         "share_of_matmul": min(row.share_of_matmul for row in ours.values()),
         "speedup_over_eager": min(eager[key].seconds / ours[key].seconds for key in ours),
+        "matmul_tflops": statistics.median(row.matmul_tflops for row in rows),
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the benchmark."""
+    """Run the benchmark, or one of its cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = parser.add_mutually_exclusive_group()
     for size in ("mini", "tiny"):
         sizes.add_argument(f"--{size}", dest="size", action="store_const", const=size)
     parser.add_argument("--only", type=int, nargs="+", help="numbers of the cases, from 0")
-    parser.add_argument("--calls", type=int, default=4, help="different updates in a row")
+    parser.add_argument("--calls", type=int, default=CALLS, help="different updates in a row")
     parser.add_argument("--quick", action="store_true", help="one repeat")
     parser.add_argument("--profile", action="store_true", help="show the device's kernels")
-    parser.add_argument("--checkpointing", action="store_true", help="a row with recomputation")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--limit-s", type=float, default=240, help="for all cases together")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-
     size = options.size or "full"
-    rate = matmul_rate(torch.device(options.device))
-    print(f"bf16 matmul: {rate / 1e12:.1f} TFLOP/s", flush=True)
-    cases = CASES[size]
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for case in [cases[i] for i in options.only or range(len(cases))]:
-            rows += run_case(case, options, rate=rate, folder=Path(scratch))
-            gc.collect()
+    numbers = options.only or range(len(CASES[size]))
+    if options.rows or len(numbers) == 1:
+        with tempfile.TemporaryDirectory() as scratch:
+            rows = run_case(CASES[size][numbers[0]], options, Path(scratch))
+    else:
+        rows = run_side_by_side(options, numbers)
+    if options.rows:
+        options.rows.write_text(json.dumps([row._asdict() for row in rows]))
+        return
     print_table(rows)
+    if not rows:
+        raise SystemExit("error: no case was measured; what they said is above")
     name = "training" if size == "full" else f"training_{size}"
-    write_results(
-        options.json or RESULTS / f"{name}.json",
-        {"matmul_tflops": rate / 1e12, **summary_of(rows), "rows": [r._asdict() for r in rows]},
-    )
+    results = {**summary_of(rows), "rows": [row._asdict() for row in rows]}
+    write_results(options.json or RESULTS / f"{name}.json", results)
 
 
 if __name__ == "__main__":

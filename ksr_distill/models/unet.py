@@ -134,6 +134,10 @@ class KSRUNet(ModelMixin, ConfigMixin):
         for i, up_level in enumerate(self.up_levels):
             hidden = hidden if i == 0 else torch.cat([hidden, skips.pop()], dim=1)
             hidden = self._run(cast(nn.ModuleList, up_level), hidden, encoded.time_embedding)
+        return self.finish(hidden)
+
+    def finish(self, hidden: Float[Tensor, "b c H W"]) -> Float[Tensor, "b 3 H W"]:
+        """Return what the last layers make of the finest features."""
         return self.conv_out(F.silu(self.norm_out(hidden)))
 
     def forward(

@@ -2,9 +2,9 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -14,13 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ksr_distill.randomness import Stream, generator_for
+from ksr_distill.training.compiling import WAYS, compile_network
 from ksr_distill.training.ema import ema_decay, update_ema
-from ksr_distill.training.settings import PlayerOptim
+from ksr_distill.training.settings import PlayerOptim, require
 from ksr_distill.types import Batch
 
 log = logging.getLogger(__name__)
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class UpdateModule(LightningModule):
@@ -33,8 +32,8 @@ class UpdateModule(LightningModule):
         seed: The run's seed.
         num_updates: Length of the run; learning rates that fall end with it.
         ema_decay: Final decay of the averaged network.
-        compile_networks: torch.compile what carries gradients; worth its minute from some hundred
-            updates on.
+        compile_networks: What of the networks is compiled, see ``compiling.WAYS``; worth its minute
+            from some hundred updates on.
         record: What an exported folder must know, e.g. the resolved config. Plain types.
     """
 
@@ -50,9 +49,11 @@ class UpdateModule(LightningModule):
         seed: int,
         num_updates: int,
         ema_decay: float,
-        compile_networks: bool,
+        compile_networks: bool | str,
         record: dict[str, Any],
     ) -> None:
+        allowed = "false, networks, blocks or graphs"
+        require(compile_networks in WAYS, "compile_networks", compile_networks, allowed)
         super().__init__()
         self.automatic_optimization = False
         self.seed = seed
@@ -83,17 +84,10 @@ class UpdateModule(LightningModule):
 
     def set_wrapped(self, name: str, wrapped: nn.Module) -> None:
         """Use this wrapper (DDP, compiled) for gradient-carrying forwards of a network."""
-        self._wrapped[name] = self.compiled(wrapped)
-
-    def compiled(self, function: F) -> F:
-        """Return a network or function as gradient-carrying passes should call it.
-
-        Shapes are compiled as they come: crops have one size, and a first small batch (DDP's
-        rehearsal) would otherwise make every later kernel one for any size.
-        """
-        if not self.compile_networks:
-            return function
-        return cast(F, torch.compile(cast(Any, function), dynamic=False))
+        if self.compile_networks:
+            way = str(self.compile_networks) if name == self.averaged else "networks"
+            wrapped = compile_network(wrapped, way)
+        self._wrapped[name] = wrapped
 
     def wrapped(self, name: str) -> nn.Module:
         """Return the network as gradient-carrying forwards should call it."""

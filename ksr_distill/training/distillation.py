@@ -30,6 +30,7 @@ from ksr_distill.models import Critic, KSRUNet, judge
 from ksr_distill.randomness import Stream
 from ksr_distill.training.balance import GradientBalance
 from ksr_distill.training.base import UpdateModule
+from ksr_distill.training.compiling import compile_blocks, compile_function
 from ksr_distill.training.settings import CriticTerms, GameSettings, PlayerOptim, StudentTerms
 from ksr_distill.training.validation import (
     Sampler,
@@ -106,11 +107,10 @@ class DistillationModule(UpdateModule):
         self.student = student
         self.student_ema = self.average_of(student)
         self.critic = critic
-        critic.encode = self.compiled(critic.encode)
-        critic.normalise = self.compiled(critic.normalise)
-        self.judge = self.compiled(judge)
-        self.scores_and_r1 = self.compiled(scores_and_r1)
-        self.feature_matching_loss = self.compiled(feature_matching_loss)
+        self.judge, self.scores_and_r1 = judge, scores_and_r1
+        self.feature_matching_loss = feature_matching_loss
+        if self.compile_networks:
+            self.compile_looking()
         self.schedule = NoiseSchedule("linear")
         self.timesteps = tuple(timesteps)
         self.game = game
@@ -293,6 +293,16 @@ class DistillationModule(UpdateModule):
         return losses
 
     # ---- bookkeeping -----------------------------------------------------------------------------
+
+    def compile_looking(self) -> None:
+        """Compile what looks at pictures: trunk, normalisation, heads and losses of features."""
+        if self.compile_networks == "blocks":
+            compile_blocks(self.critic.trunk)
+        else:
+            self.critic.encode = compile_function(self.critic.encode)
+        self.critic.normalise = compile_function(self.critic.normalise)
+        self.judge, self.scores_and_r1 = compile_function(judge), compile_function(scores_and_r1)
+        self.feature_matching_loss = compile_function(feature_matching_loss)
 
     @property
     def is_student_turn(self) -> bool:

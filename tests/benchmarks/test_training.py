@@ -24,7 +24,7 @@ def test_training_benchmark_names_its_figures_and_its_machine(results):
     assert results["share_of_matmul"] > 0
     assert results["speedup_over_eager"] > 0
     assert {row["what"] for row in results["rows"]} == {"student turn", "critic turn", "update"}
-    assert {row["mode"] for row in results["rows"]} == {"eager", "ours"}
+    assert {"eager", "ours"} < {row["mode"] for row in results["rows"]}
     assert results["date"]
     assert results["versions"]["torch"]
 
