@@ -86,8 +86,8 @@ def check_strategy(config: Mapping[str, Any], *, world_size: int) -> None:
         )
     if strategy == "fsdp" and config["compile_networks"]:
         raise ValueError(
-            f"compile_networks={config['compile_networks']} with trainer.strategy=fsdp: weights that come and go cannot be "
-            "compiled over; use compile_networks=false"
+            f"compile_networks={config['compile_networks']} with trainer.strategy=fsdp: weights "
+            "that come and go cannot be compiled over; use compile_networks=false"
         )
 
 
