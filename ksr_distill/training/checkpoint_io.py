@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 TEMPORARY = ".tmp"
 MANIFEST = ".json"
+OWN_SUM = "sha256_of_the_above"
 PLAIN = (str, int, float, bool, complex, bytes, type(None), torch.Size, torch.dtype, torch.device)
 
 
@@ -79,7 +80,7 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, facts: dict[str, An
             num_bytes = file.tell()
         flush_to_disk(temporary)
         summary = {"sha256": writer.sha256.hexdigest(), "bytes": num_bytes, **facts}
-        manifest_temporary.write_text(json.dumps(summary, indent=2) + "\n")
+        manifest_temporary.write_text(manifest_text(summary))
         flush_to_disk(manifest_temporary)
         path.unlink(
             missing_ok=True
@@ -92,12 +93,21 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, facts: dict[str, An
         manifest_temporary.unlink(missing_ok=True)
 
 
+def manifest_text(facts: dict[str, Any]) -> str:
+    """Return a manifest's text: the facts, and a checksum of them."""
+    return json.dumps({**facts, OWN_SUM: _sum_of(facts)}, indent=2) + "\n"
+
+
+def _sum_of(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
 def write_manifest(path: Path, facts: dict[str, Any]) -> None:
     """Write the manifest of a checkpoint, or replace it as a whole."""
     manifest = manifest_path(path)
     temporary = manifest.with_name(manifest.name + TEMPORARY)
     try:
-        temporary.write_text(json.dumps(facts, indent=2) + "\n")
+        temporary.write_text(manifest_text(facts))
         flush_to_disk(temporary)
         temporary.replace(manifest)
     finally:
@@ -113,6 +123,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = manifest_path(path)
     try:
         facts = json.loads(manifest.read_text())
+        if facts.pop(OWN_SUM) != _sum_of(facts):
+            raise ValueError("its own checksum differs")
         return {**facts, "sha256": str(facts["sha256"]), "bytes": int(facts["bytes"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

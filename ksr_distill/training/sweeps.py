@@ -68,12 +68,21 @@ def run_folders(folder: Path) -> Iterator[Path]:
             yield path
 
 
+def readable(manifest: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's manifest; one that is damaged is named and left out of the table."""
+    try:
+        return json.loads(manifest.read_text())
+    except (OSError, ValueError) as error:
+        log.warning("%s: %s; left out of the summary", manifest, error)
+        return None
+
+
 def row_of_run(folder: Path) -> dict[str, str]:
     """Return what a run's folder tells: its state, its figures, and what ended it."""
     row = {"run": folder.name}
     config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text())
     manifests = sorted((folder / "checkpoints").glob("update-*.ckpt.json"))
-    facts = [json.loads(path.read_text()) for path in manifests]
+    facts = [fact for path in manifests if (fact := readable(path))]
     done = max((fact["update"] for fact in facts), default=0)
     row["state"] = "finished" if done >= config["num_updates"] else "not finished"
     row["updates"] = f"{done} of {config['num_updates']}"

@@ -1,7 +1,6 @@
 """A checkpoint is whole or not there, checked when it is read, and the last good one survives."""
 
 import copy
-import json
 import logging
 import os
 import random
@@ -20,6 +19,7 @@ from ksr_distill.training.checkpoint_folder import path_of_update
 from ksr_distill.training.checkpoint_io import (
     AtomicCheckpointIO,
     manifest_path,
+    manifest_text,
     read_checkpoint,
     read_manifest,
     write_checkpoint,
@@ -42,16 +42,18 @@ def flip_bit(path: Path, position: int) -> None:
     path.write_bytes(bytes(data))
 
 
+@pytest.mark.parametrize("damaged", ["checkpoint", "manifest"])
 def test_every_one_of_200_flipped_bits_is_noticed_and_the_one_before_is_used(
-    saved: Path, caplog: pytest.LogCaptureFixture
+    saved: Path, damaged: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     before = saved.with_name("update-000000003.ckpt")
-    whole, draws = saved.read_bytes(), random.Random(0)
+    file = saved if damaged == "checkpoint" else manifest_path(saved)
+    whole, draws = file.read_bytes(), random.Random(0)
     for _ in range(200):
-        flip_bit(saved, draws.randrange(8 * len(whole)))
+        flip_bit(file, draws.randrange(8 * len(whole)))
         assert last_good_checkpoint(saved.parent) == before
-        saved.write_bytes(whole)
-    assert "damaged" in caplog.text
+        file.write_bytes(whole)
+    assert "update-000000006" in caplog.text
     assert last_good_checkpoint(saved.parent) == saved
 
 
@@ -65,7 +67,8 @@ def test_a_damaged_pair_is_refused_with_what_is_wrong(saved: Path, damage: str) 
     elif damage == "manifest cut off":
         manifest.write_text(manifest.read_text()[:40])
     else:
-        manifest.write_text(json.dumps({"sha256": "0" * 64, "bytes": saved.stat().st_size}))
+        facts = {"sha256": "0" * 64, "bytes": saved.stat().st_size}
+        manifest.write_text(manifest_text(facts))
     with pytest.raises(ValueError, match=r"cut off|manifest"):
         read_checkpoint(saved)
     assert last_good_checkpoint(saved.parent).stem == "update-000000003"
