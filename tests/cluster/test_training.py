@@ -4,6 +4,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import Processes, wait_until
@@ -71,20 +72,35 @@ def test_no_sample_is_lost_or_doubled_when_the_number_of_processes_changes(
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2), (4, 0)])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 4])
 def test_20_kills_at_random_moments_change_no_bit_and_no_sample(
     files: Path, tmp_path: Path, world: int, workers: int
 ) -> None:
-    whole, parts, draws = tmp_path / "whole", tmp_path / "parts", random.Random(world)
-    run = {
-        "files": files,
-        "changes": saving_every(2, f"data.num_workers={workers}"),
-        "num_updates": 100,
-    }
-    Processes(world, run_train, whole, **run).succeed(600)
-    kills = 0
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run = {"files": files, "changes": saving_every(2, f"data.num_workers={workers}")}
+    Processes(world, run_train, whole, num_updates=100, **run).succeed(600)
+    kill_20_times(parts, [world], **run)
+    assert digest_of_run(parts) == digest_of_run(whole)
+    assert_each_sample_once_an_epoch(parts, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_20_kills_and_another_number_of_processes_each_time_lose_and_double_no_sample(
+    files: Path, tmp_path: Path, workers: int
+) -> None:
+    changes = saving_every(2, f"data.num_workers={workers}")
+    kill_20_times(tmp_path, [1, 2, 3, 4], files=files, changes=changes)
+    assert_each_sample_once_an_epoch(tmp_path, 100)
+
+
+def kill_20_times(parts: Path, worlds: list[int], **run: Any) -> None:
+    """Start a run of 100 updates, kill it at a random moment, start it again; let the last end."""
+    run["num_updates"], draws, kills = 100, random.Random(worlds[0]), 0
     while kills < 20:
-        running = Processes(world, run_train, parts, attempt=kills, **run)
+        running = Processes(draws.choice(worlds), run_train, parts, attempt=kills, **run)
         trains = parts / f"consumed.{kills:03d}.0.jsonl"
         wait_until(lambda trains=trains, p=running.all[0]: trains.exists() or not p.is_alive(), 280)
         time.sleep(draws.uniform(0, 1))
@@ -96,9 +112,7 @@ def test_20_kills_at_random_moments_change_no_bit_and_no_sample(
         running.kill()
         kills += 1
     assert kills >= 5
-    Processes(world, run_train, parts, attempt=kills + 1, **run).succeed(600)
-    assert digest_of_run(parts) == digest_of_run(whole)
-    assert_each_sample_once_an_epoch(parts, 100)
+    Processes(worlds[0], run_train, parts, attempt=kills + 1, **run).succeed(600)
 
 
 def test_a_run_that_has_ended_is_not_trained_again(files: Path, tmp_path: Path) -> None:
