@@ -52,7 +52,9 @@ def print_profile(
     for ms, _, name in kernels:
         kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + ms
     busy = sum(kinds.values())
-    count = sum(kernel[1] for kernel in kernels)
+    count = sum(
+        times for ms, times, _ in kernels if ms > 0
+    )  # the others are calls that launch them
     print(f"a call takes {wall:.2f} ms; {count:.0f} kernels run for {busy:.2f} ms")
     print(" · ".join(f"{k} {v:.2f} ms" for k, v in sorted(kinds.items(), key=lambda i: -i[1])))
     for ms, times, name in kernels[:top]:

@@ -36,7 +36,8 @@ QUIET = ("trainer.val_check_interval=1.0", "+trainer.enable_progress_bar=false",
          "validate_every=100000", "logger=default")  # fmt: skip
 SIZES = {
     # What loads the links most: all gradients of the full-size network, with the least arithmetic.
-    "full": ("module=teacher", "loss=denoising", "model=ksr_x2", "data.crop_px=256"),
+    "full": ("module=teacher", "loss=denoising", "model=ksr_x2", "model.dropout=0.0",
+             "data.crop_px=256"),
     "mini": ("+experiment=ksr_teacher_mini",),
     "tiny": ("module=teacher", "loss=denoising", "model=tiny", "data.crop_px=32", "trainer=cpu",
              "compile_networks=false", "data.num_workers=1"),

@@ -14,12 +14,14 @@ draws, over the time of an update; their share is of a large bf16 product's.
 import argparse
 import fcntl
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -49,6 +51,7 @@ from benchmarks.measuring import (
 from benchmarks.profiling import print_profile
 from ksr_distill.training.arithmetic import ArithmeticCounter
 from ksr_distill.training.base import UpdateModule
+from ksr_distill.types import Batch
 
 # Draws are a function of the update: all rows see the same. In these four the student is rolled out
 # once, three times, not at all, not at all: a forward pass in the mean; in the long run it is 1.1.
@@ -126,20 +129,22 @@ class Bench:
         deal_optimizers(self.module)
 
     def count(self) -> None:
-        """Count the arithmetic of the updates that will be timed."""
+        """Count the arithmetic of the updates that will be timed, on one picture of the batch."""
+        whole, self.batch = self.batch, Batch(*(tensor[:1] for tensor in self.batch))
         with torch.compiler.set_stance("force_eager"):
             for turn in self.turns:
                 with ArithmeticCounter() as counter:
                     for _ in range(self.calls):
                         self.play(turn)
-                self.flops[turn] = counter.get_total_flops() / self.calls
+                flops = counter.get_total_flops() / self.calls
+                self.flops[turn] = flops * self.case.batch_size
+        self.batch = whole
 
     def warm_up(self) -> None:
         """Compile what compiles."""
-        for turn in self.turns:
-            for _ in range(self.calls):
-                self.play(turn)
-            wait_for(self.device)
+        for _ in range(self.calls):
+            self.play("update")
+        wait_for(self.device)
 
     def rows(self, mode: str, *, repeats: int, turns: Sequence[str] | None = None) -> list[Row]:
         """Time turns; all, if none are named."""
@@ -175,30 +180,39 @@ def recompute_activations(module: UpdateModule, yes: bool) -> None:
         network.disable_gradient_checkpointing()
 
 
-def run_case(case: Case, options: argparse.Namespace, folder: Path) -> list[Row]:
-    """Return a case's rows. Beside other cases: prepare together, measure alone."""
+def run_case(
+    case: Case, options: argparse.Namespace, folder: Path, keep: Callable[[list[Row]], None]
+) -> None:
+    """Measure a case; beside other cases: prepare together, measure alone.
+
+    Args:
+        keep: Is given the rows that there are after each part.
+    """
     device = torch.device(options.device)
     name = f"{case.name}, {case.crop_px}²"
     with precision_of_training(device):
-        with beside_others(options.lock), phase(f"{name}: built and counted"):
-            bench = Bench(case, folder, device, calls=options.calls)
-            bench.count()
-        with beside_others(options.lock), phase(f"{name}: compiled"):
-            bench.lay_out(torch.channels_last)
-            bench.warm_up()
+        with beside_others(options.lock):
+            with phase(f"{name}: built and counted"):
+                bench = Bench(case, folder, device, calls=options.calls)
+                bench.count()
+            with phase(f"{name}: compiled"):
+                bench.lay_out(torch.channels_last)
+                bench.warm_up()
+            keep(bench.rows("ours", repeats=1, turns=["update"]))
             release(device)
         with alone(options.lock), phase(f"{name}: measured"):
             bench.rate = matmul_rate(device)
             rows = bench.rows("ours", repeats=1 if options.quick else 3)
+            keep(rows)
             if options.profile:
                 print_profile(partial(bench.play, "update"), calls=options.calls, device=device)
             release(device)
             bench.lay_out(torch.contiguous_format)
-            rows += bench.eager_rows("eager", repeats=1)
+            rows += bench.eager_rows("eager", repeats=1, turns=["update"])
+            keep(rows)
             release(device)
             recompute_activations(bench.module, True)
-            rows += bench.eager_rows("eager, recomputing", repeats=1, turns=["update"])
-    return rows
+            keep(rows + bench.eager_rows("eager, recomputing", repeats=1, turns=["update"]))
 
 
 def release(device: torch.device) -> None:
@@ -232,6 +246,21 @@ def alone(lock: Path | None) -> Iterator[None]:
         yield
 
 
+def run_here(case: Case, options: argparse.Namespace) -> list[Row]:
+    """Return one case's rows; write them to a file as they come, if there is one."""
+    rows: list[Row] = []
+
+    def keep(found: list[Row]) -> None:
+        rows[:] = found
+        if options.rows:
+            options.rows.write_text(json.dumps([row._asdict() for row in found]))
+
+    case = case._replace(overrides=(*case.overrides, *options.also))
+    with tempfile.TemporaryDirectory() as scratch:
+        run_case(case, options, Path(scratch), keep)
+    return rows
+
+
 def run_side_by_side(options: argparse.Namespace, numbers: Sequence[int]) -> list[Row]:
     """Return all cases' rows, from a process each; show what they said.
 
@@ -239,8 +268,9 @@ def run_side_by_side(options: argparse.Namespace, numbers: Sequence[int]) -> lis
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        logs = options.logs or folder
         arguments = ["--calls", str(options.calls), "--device", options.device,
-                     "--lock", str(folder / "lock"),
+                     "--lock", str(options.lock or folder / "lock"), "--also", *options.also,
                      *(["--profile"] if options.profile else []),
                      *(["--quick"] if options.quick else []),
                      *([f"--{options.size}"] if options.size else [])]  # fmt: skip
@@ -249,16 +279,17 @@ def run_side_by_side(options: argparse.Namespace, numbers: Sequence[int]) -> lis
         for number in numbers:
             command = [sys.executable, "-m", "benchmarks.training", "--only", str(number),
                        "--rows", str(folder / f"{number}.json"), *arguments]  # fmt: skip
-            log = (folder / f"{number}.log").open("w")
+            log = (logs / f"{number}.log").open("w")
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        ends = time.monotonic() + options.limit_s
         for process in processes:
             try:
-                process.wait(timeout=options.limit_s)
+                process.wait(timeout=max(0.1, ends - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
         rows = []
         for number in numbers:
-            print((folder / f"{number}.log").read_text()[-9000:])
+            print((logs / f"{number}.log").read_text()[-9000:])
             found = folder / f"{number}.json"
             rows += [Row(**row) for row in json.loads(found.read_text())] if found.exists() else []
     return rows
@@ -281,9 +312,10 @@ def summary_of(rows: list[Row]) -> dict[str, float]:
         return {(r.case, r.crop_px): r for r in rows if r.what == "update" and r.mode == mode}
 
     ours, eager = of("ours"), of("eager")
+    gains = [eager[key].seconds / ours[key].seconds for key in ours if key in eager]
     return {
         "share_of_matmul": min(row.share_of_matmul for row in ours.values()),
-        "speedup_over_eager": min(eager[key].seconds / ours[key].seconds for key in ours),
+        "speedup_over_eager": min(gains, default=math.nan),
         "matmul_tflops": statistics.median(row.matmul_tflops for row in rows),
     }
 
@@ -300,19 +332,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--profile", action="store_true", help="show the device's kernels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit-s", type=float, default=240, help="for all cases together")
+    parser.add_argument("--also", nargs="*", default=[], help="overrides of conf/train.yaml")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--logs", type=Path, help="folder for what each case says")
+    parser.add_argument("--lock", type=Path, help="file that benchmarks at one time share")
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     size = options.size or "full"
     numbers = options.only or range(len(CASES[size]))
     if options.rows or len(numbers) == 1:
-        with tempfile.TemporaryDirectory() as scratch:
-            rows = run_case(CASES[size][numbers[0]], options, Path(scratch))
+        rows = run_here(CASES[size][numbers[0]], options)
     else:
         rows = run_side_by_side(options, numbers)
     if options.rows:
-        options.rows.write_text(json.dumps([row._asdict() for row in rows]))
         return
     print_table(rows)
     if not rows:
