@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import remove_hook_from_module
 from diffusers import VQModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,8 +63,8 @@ TINY_MOVQ = {"block_out_channels": (32, 32),
 class Bench:
     """A pipeline of random weights and one picture, run in several ways."""
 
-    def __init__(self, device: torch.device, *, tiny: bool, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
+    def __init__(self, device: torch.device, *, tiny: bool) -> None:
+        self.device = device
         self.side = 32 if tiny else 1024
         self.half = torch.float16 if device.type == "cuda" else torch.float32
         self.pipe = make_pipeline(device, tiny=tiny)
@@ -124,18 +125,17 @@ class Bench:
         accelerate(self.pipe.sr, self.pipe.refiner, self.pipe.movq)
 
     def measure(
-        self, *, flops: dict[str, float] | None = None, repeats: int | None = None
+        self, reference: Tensor, flops: dict[str, float], *, repeats: int
     ) -> dict[str, Any]:
-        """Return seconds and peak memory of the whole and of each stage."""
-        self.whole()
-        repeats = self.repeats if repeats is None else repeats
+        """Return seconds and peak memory of the whole and of each stage, and how exact it is."""
+        decibels = psnr(self.whole(), reference)
         rows: dict[str, Any] = {}
         for name, call in {"whole": self.whole, **self.stages}.items():
             times = time_calls(call, calls=1, repeats=repeats, device=self.device)  # type: ignore[arg-type]
             rows[name] = {"seconds": times.seconds, "spread": times.spread,
                           "host_seconds": times.host_seconds, "peak_gb": times.peak_gb}  # fmt: skip
-            if flops is not None and name in flops:
-                rows[name]["tflops"] = flops[name] / times.seconds / 1e12
+            rows[name]["tflops"] = flops[name] / times.seconds / 1e12
+        rows["whole"]["psnr_db"] = decibels
         return rows
 
     def count(self) -> dict[str, float]:
@@ -239,7 +239,7 @@ def exact_float32() -> Iterator[None]:
 
 def first_call(device: torch.device, *, tiny: bool) -> float:
     """Return the seconds of a process's first picture; its models are made before."""
-    bench = Bench(device, tiny=tiny, repeats=1)
+    bench = Bench(device, tiny=tiny)
     bench.ours()
     wait_for(device)
     start = time.perf_counter()
@@ -255,88 +255,99 @@ def first_call_elsewhere(options: argparse.Namespace) -> float:
     return float(process.stdout.splitlines()[-1])
 
 
-def offloaded(bench: Bench) -> dict[str, float]:
+def in_turns(bench: Bench) -> dict[str, float]:
     """Return seconds and peak memory with the networks taking turns on the device."""
-    if bench.device.type != "cuda":
-        return {}
+    networks = (bench.pipe.sr, bench.pipe.refiner, bench.pipe.movq)
     take_turns(bench.pipe, bench.device)
     gc.collect()
-    torch.cuda.empty_cache()
-    bench.latents = bench.large = bench.lowres = torch.empty(0)
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
     bench.whole()
     times = time_calls(bench.whole, calls=1, repeats=2, device=bench.device)  # type: ignore[arg-type]
+    for network in networks:
+        remove_hook_from_module(network)
+        network.to(bench.device)
     return {"seconds": times.seconds, "peak_gb": times.peak_gb}
 
 
-def run(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    """Return all results, printing the table on the way."""
-    rate = matmul_rate(bench.device) / 1e12
+def run(bench: Bench, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield all results so far after each part, the most important parts first."""
+    results: dict[str, Any] = {"matmul_tflops": matmul_rate(bench.device) / 1e12}
+    rate = results["matmul_tflops"]
     print(f"bf16 matrix products: {rate:.0f} TFLOP/s")
     with phase("float32 reference"), exact_float32():
         reference = bench.whole()
     bench.as_shipped()
     with phase("operations counted"):
         flops = bench.count()
-    with phase("as shipped"):
-        baseline = bench.measure(flops=flops, repeats=2)
-        baseline["whole"]["psnr_db"] = psnr(bench.whole(), reference)
+    results["tera_operations"] = {name: count / 1e12 for name, count in flops.items()}
     bench.ours()
     with phase("ours, first call here"):
-        bench.whole()
+        times = time_calls(bench.whole, calls=1, repeats=1, device=bench.device)  # type: ignore[arg-type]
+    results |= {"cold_call_seconds": times.seconds, "cold_call_peak_gb": times.peak_gb}
     with phase("ours"):
-        ours = bench.measure(flops=flops)
-        ours["whole"]["psnr_db"] = psnr(bench.whole(), reference)
+        ours = bench.measure(reference, flops, repeats=options.repeats)
+    print_table("ours", ours, rate)
+    results |= {"seconds": ours["whole"]["seconds"], "sr_seconds": ours["sr"]["seconds"],
+                "peak_gb": ours["whole"]["peak_gb"], "psnr_db": ours["whole"]["psnr_db"],
+                "ours": ours}  # fmt: skip
+    yield results
+    bench.as_shipped()
+    with phase("as shipped"):
+        results["as_shipped"] = bench.measure(reference, flops, repeats=2)
+    print_table("as shipped", results["as_shipped"], rate)
+    results["baseline_seconds"] = results["as_shipped"]["whole"]["seconds"]
+    yield results
+    bench.ours()
     with phase("batch of 4 pictures"):
-        batch = time_calls(
+        bench.whole()
+        times = time_calls(
             lambda: bench.whole(bench.pictures),  # type: ignore[arg-type, return-value]
             calls=1,
             repeats=2,
             device=bench.device,
         )
+    results["batch_seconds_per_picture"] = times.seconds / len(bench.pictures)
+    if options.profile:
+        for name, call in bench.stages.items():
+            print(f"--- {name}")
+            print_profile(call, calls=1, device=bench.device, top=16)  # type: ignore[arg-type]
+    with phase("networks in turns"):
+        results["in_turns"] = in_turns(bench)
+    print(f"batch of 4: {results['batch_seconds_per_picture']:.3f} s a picture; "
+          f"networks in turns: {results['in_turns']}")  # fmt: skip
+    yield results
+    with phase("first call of a new process"):
+        results["first_call_seconds"] = first_call_elsewhere(options)
+    print(f"first call with warm caches: {results['first_call_seconds']:.1f} s")
+    yield results
     operations.WINOGRAD_CHANNELS, usual = 1 << 20, operations.WINOGRAD_CHANNELS
     with phase("ours, all convolutions by cuDNN"):
-        cudnn = bench.measure(flops=flops, repeats=3)
-        cudnn["whole"]["psnr_db"] = psnr(bench.whole(), reference)
+        results["ours_cudnn_alone"] = bench.measure(reference, flops, repeats=2)
     operations.WINOGRAD_CHANNELS = usual
-    print_table({"as shipped": baseline, "ours": ours, "ours, cuDNN alone": cudnn}, rate)
-    with phase("networks taking turns"):
-        offload = offloaded(bench)
-    del bench.pipe
-    with phase("first call of a new process"):
-        first = first_call_elsewhere(options)
-    print(f"batch of 4: {batch.seconds / 4:.3f} s a picture; first call {first:.1f} s; "
-          f"taking turns: {offload}")  # fmt: skip
-    whole = ours["whole"]
-    return {
-        "seconds": whole["seconds"], "sr_seconds": ours["sr"]["seconds"],
-        "peak_gb": whole["peak_gb"], "psnr_db": whole["psnr_db"],
-        "baseline_seconds": baseline["whole"]["seconds"],
-        "batch_seconds_per_picture": batch.seconds / 4, "first_call_seconds": first,
-        "offload": offload, "matmul_tflops": rate, "tera_operations": {
-            name: count / 1e12 for name, count in flops.items()
-        },
-        "as_shipped": baseline, "ours": ours, "ours_cudnn_alone": cudnn,
-    }  # fmt: skip
+    print_table("ours, cuDNN alone", results["ours_cudnn_alone"], rate)
+    yield results
 
 
-def print_table(rows: dict[str, dict[str, Any]], rate: float) -> None:
-    """Print the stages of all ways."""
+def print_table(way: str, stages: dict[str, dict[str, Any]], rate: float) -> None:
+    """Print the stages of one way."""
     print("| | stage | seconds | TFLOP/s | of the matmul rate | peak, GB | dB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    for way, stages in rows.items():
-        for name, row in stages.items():
-            tflops = row.get("tflops", 0.0)
-            decibels = f"{row['psnr_db']:.1f}" if "psnr_db" in row else ""
-            print(f"| {way} | {name} | {row['seconds']:.4f} | {tflops:.0f} | {tflops / rate:.0%} | "
-                  f"{row['peak_gb']:.1f} | {decibels} |", flush=True)  # fmt: skip
+    for name, row in stages.items():
+        decibels = f"{row['psnr_db']:.1f}" if "psnr_db" in row else ""
+        print(f"| {way} | {name} | {row['seconds']:.4f} | {row['tflops']:.0f} | "
+              f"{row['tflops'] / rate:.0%} | {row['peak_gb']:.1f} | {decibels} |",
+              flush=True)  # fmt: skip
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="tiny networks, for a CPU")
-    parser.add_argument("--stage", choices=("whole", "sr", "encode", "refine", "decode"))
-    parser.add_argument("--profile", action="store_true", help="print a stage's kernels, and end")
+    parser.add_argument(
+        "--stage", choices=("whole", "sr", "encode", "refine", "decode"), help="time this alone"
+    )
+    parser.add_argument("--profile", action="store_true", help="print the stages' kernels too")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--first-call", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, default=RESULTS / "inference.json")
@@ -346,11 +357,11 @@ def main() -> None:
         print(first_call(device, tiny=options.tiny))
         return
     with phase("models made"):
-        bench = Bench(device, tiny=options.tiny, repeats=options.repeats)
-    if options.profile or options.stage:
+        bench = Bench(device, tiny=options.tiny)
+    if options.stage:
         bench.ours()
         calls = {"whole": bench.whole, **bench.stages}
-        call = calls[options.stage or "whole"]
+        call = calls[options.stage]
         call()
         if options.profile:
             print_profile(call, calls=1, device=device)  # type: ignore[arg-type]
@@ -359,7 +370,8 @@ def main() -> None:
         return
     if device.type == "cuda" and not can_accelerate(device):
         raise SystemExit("error: this GPU or its torch lacks Triton; nothing to compare")
-    write_results(options.json, run(bench, options))
+    for results in run(bench, options):
+        write_results(options.json, results)
 
 
 if __name__ == "__main__":
