@@ -36,7 +36,7 @@ from benchmarks.measuring import (
     write_results,
 )
 from benchmarks.profiling import print_profile
-from ksr_distill.inference import KSRFlashPipeline
+from ksr_distill.inference import KSRFlashPipeline, acceleration
 from ksr_distill.inference.acceleration import accelerate, can_accelerate, operations, restore
 from ksr_distill.inference.noise import Window
 from ksr_distill.inference.offload import take_turns
@@ -312,6 +312,13 @@ def run(bench: Bench, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for name, call in bench.stages.items():
             print(f"--- {name}")
             print_profile(call, calls=1, device=bench.device, top=16)  # type: ignore[arg-type]
+    acceleration.MEASURES_CONVOLUTIONS = not acceleration.MEASURES_CONVOLUTIONS
+    for name, call in bench.stages.items():
+        call()
+        times = time_calls(call, calls=1, repeats=3, device=bench.device)  # type: ignore[arg-type]
+        results[f"{name}_other_algorithms_seconds"] = times.seconds
+        print(f"{name}, cuDNN's algorithms chosen the other way: {times.seconds:.4f} s")
+    acceleration.MEASURES_CONVOLUTIONS = not acceleration.MEASURES_CONVOLUTIONS
     with phase("networks in turns"):
         results["in_turns"] = in_turns(bench)
     print(f"batch of 4: {results['batch_seconds_per_picture']:.3f} s a picture; "

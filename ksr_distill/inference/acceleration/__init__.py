@@ -23,6 +23,9 @@ from ksr_distill.inference.acceleration.refiner import refiner_forward
 from ksr_distill.inference.acceleration.unet import unet_forward
 from ksr_distill.models import KSRUNet, RefinerUNet
 
+MEASURES_CONVOLUTIONS = True
+"""Whether cuDNN times its algorithms at the first call of each shape."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -79,7 +82,7 @@ def _with_measured_convolutions(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def measured(*args: P.args, **kwargs: P.kwargs) -> R:
         cudnn = torch.backends.cudnn
-        before, cudnn.benchmark = cudnn.benchmark, True
+        before, cudnn.benchmark = cudnn.benchmark, MEASURES_CONVOLUTIONS
         try:
             return function(*args, **kwargs)
         finally:
