@@ -104,7 +104,9 @@ def upscale(
         measure=measure_speed,
         is_dry_run=dry_run,
     )
-    done = _run_all(upscaler, jobs, num_skipped=len(skipped))
+    # A GPU leaves the host time to read the next picture and write the last one.
+    at_once = 2 if upscaler.pipeline.device.type == "cuda" and part.count == 1 else 1
+    done = _run_all(upscaler, jobs, num_skipped=len(skipped), at_once=at_once)
     finished = [*done, *skipped]
     if finished and not dry_run:
         target = out if source.is_dir() else finished[0].target
@@ -117,19 +119,31 @@ def upscale(
         raise SystemExit(1)
 
 
-def _run_all(upscaler: "Upscaler", jobs: "list[Job]", *, num_skipped: int) -> "list[Job]":
+def _run_all(
+    upscaler: "Upscaler", jobs: "list[Job]", *, num_skipped: int, at_once: int = 1
+) -> "list[Job]":
     """Run every job, whatever happens to the others; return those that went well."""
+    from concurrent.futures import ThreadPoolExecutor
+
     from ksr_distill.cli.progress import UpscaleProgress
 
-    done = []
-    with UpscaleProgress(len(jobs)) as progress:
-        for job in jobs:
-            try:
-                upscaler.run(job, progress)
-                done.append(job)
-            except (ValueError, OSError) as error:
-                progress.failed(job, error)
+    def run(job: "Job") -> bool:
+        try:
+            upscaler.run(job, progress)
+        except (ValueError, OSError) as error:
+            progress.failed(job, error)
+            return False
+        finally:
             progress.picture_done()
+        return True
+
+    with UpscaleProgress(len(jobs)) as progress:
+        if at_once > 1 and len(jobs) > 1:
+            with ThreadPoolExecutor(at_once) as pool:
+                went_well = list(pool.map(run, jobs))
+        else:
+            went_well = [run(job) for job in jobs]
+    done = [job for job, is_done in zip(jobs, went_well, strict=True) if is_done]
     if num_skipped or len(jobs) > 1:
         failed = len(jobs) - len(done)
         sys.stderr.write(f"{len(done)} done, {num_skipped} skipped, {failed} failed\n")

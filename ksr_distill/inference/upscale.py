@@ -1,8 +1,10 @@
 """One picture file to one enlarged file, in memory or streamed through the disk."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -64,6 +66,8 @@ class Upscaler:
         shard: With a count above 1, the tiles of each picture are shared with other processes.
         fingerprint: Of the weights, so that a workspace knows its model.
         measure: Times the passes for large jobs; null prints no time.
+        turn: Held while a picture is computed: one at a time, but another thread may read or write
+            its own meanwhile.
     """
 
     pipeline: KSRFlashPipeline | KSRTeacherPipeline
@@ -71,6 +75,7 @@ class Upscaler:
     shard: Shard
     measure: Callable[[list[TilePass]], list[float]] | None = None
     is_dry_run: bool = False
+    turn: AbstractContextManager[Any] = field(default_factory=Lock)
 
     def run(self, job: Job, progress: Progress) -> None:
         """Enlarge one picture; where its tiles are shared, the first process writes the file.
@@ -98,14 +103,16 @@ class Upscaler:
         needed = estimate.file_bytes + estimate.workspace_bytes
         check_disk(job.target.parent, needed - (workspace.used_bytes() if workspace else 0))
         options = {"open_store": workspace.open_store} if workspace else {}
-        enlarged = run_passes(
-            picture.colour,
-            passes,
-            tiling=tiling,
-            order=lambda missing: [i for i in missing if i % self.shard.count == self.shard.index],
-            on_tile=lambda _: progress.tile_done(),
-            **options,
-        )
+        index, count = self.shard
+        with self.turn:
+            enlarged = run_passes(
+                picture.colour,
+                passes,
+                tiling=tiling,
+                order=lambda missing: [i for i in missing if i % count == index],
+                on_tile=lambda _: progress.tile_done(),
+                **options,
+            )
         if self.shard.index > 0:
             return
         if isinstance(enlarged, BlendedRaster):

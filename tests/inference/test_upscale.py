@@ -6,15 +6,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ksr_distill.cli import app
-from ksr_distill.inference import estimate, upscale, workspace
+from ksr_distill.cli.upscale import _run_all
+from ksr_distill.inference import KSRTeacherPipeline, estimate, upscale, workspace
+from ksr_distill.inference.jobs import Shard, plan_jobs
 from ksr_distill.inference.loading import load_pipeline
 from ksr_distill.inference.tiles import plan_tiles
 from tests.inference.test_pictures import broken_files
@@ -205,7 +210,9 @@ def test_a_full_disk_is_refused_with_numbers_before_the_work(ksr, photo, tmp_pat
 @pytest.mark.skipif(
     os.geteuid() != 0 or not shutil.which("mount"), reason="needs root to mount a small disk"
 )
-def test_a_disk_that_fills_up_leaves_no_half_file(ksr, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_disk_that_fills_up_leaves_no_half_file(ksr, tmp_path, monkeypatch, is_streamed):
+    monkeypatch.setattr(estimate, "STREAM_ABOVE_PX", 0 if is_streamed else 10**9)
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
@@ -218,22 +225,108 @@ def test_a_disk_that_fills_up_leaves_no_half_file(ksr, tmp_path, monkeypatch):
         result = ksr(tmp_path / "photo.png", "-o", disk / "big.png")
         assert result.exit_code == 1
         assert len([x for x in result.stderr.splitlines() if x.startswith("error: ")]) == 1
-        assert names(disk) == []
+        kept = [name for name in names(disk) if not name.startswith(".big.png.ksr-work/")]
+        assert kept == []  # finished tiles stay, for when there is room again
+        assert bool(names(disk)) == is_streamed
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_model_folder_of_wrong_shapes_is_one_line(photo, tmp_path, model_folder):
+class Code:
+    """What a hostile file holds: unpickling it would create a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def damage_model(folder, damage, proof):
+    weights = next((folder / "sr").glob("*.safetensors"))
+    config, tensors = folder / "sr" / "config.json", load_file(weights)
+    if damage == "a config of wrong shapes":
+        config.write_text(config.read_text().replace('"base_channels": 8', '"base_channels": 16'))
+    elif damage == "a tensor of a wrong shape":
+        save_file(tensors | {"conv_out.bias": torch.zeros(4)}, weights)
+    elif damage == "a tensor too many":
+        save_file(tensors | {"more": torch.zeros(4)}, weights)
+    elif damage == "a tensor too few":
+        save_file({k: v for k, v in tensors.items() if k != "conv_out.bias"}, weights)
+    elif damage == "not numbers":
+        save_file(tensors | {"conv_out.bias": torch.full((3,), torch.nan)}, weights)
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "code in a pickle":
+        weights.unlink()
+        torch.save({"unet": Code(proof)}, folder / "sr" / "diffusion_pytorch_model.bin")
+    elif damage == "code in the index":
+        index = folder / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"sr": ["os", "system"]}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("a config of wrong shapes", "of another shape (conv_in.bias is (8,), not (16,)"),
+        ("a tensor of a wrong shape", "conv_out.bias is (4,), not (3,)"),
+        ("a tensor too many", "1 unknown (more)"),
+        ("a tensor too few", "1 missing (conv_out.bias)"),
+        ("not numbers", "has places that are not numbers"),
+        ("truncated", "sr is damaged"),
+        ("code in a pickle", "lacks its config.json or its safetensors file"),
+        ("code in the index", "sr is a system, not one of"),
+    ],
+)
+def test_a_damaged_or_hostile_model_folder_is_one_line(
+    photo, tmp_path, model_folder, damage, message
+):
     shutil.copytree(model_folder, tmp_path / "model")
-    config = tmp_path / "model" / "sr" / "config.json"
-    changed = json.loads(config.read_text()) | {"base_channels": 16}
-    config.write_text(json.dumps(changed))
-    command = ["upscale", str(photo), "-o", str(tmp_path / "b.png"), "--model",
+    proof = tmp_path / "it_ran"
+    damage_model(tmp_path / "model", damage, proof)
+    command = ["upscale", str(photo), "-o", str(tmp_path / "out" / "b.png"), "--model",
                str(tmp_path / "model"), "--device", "cpu"]  # fmt: skip
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
-    assert len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "b.png").exists()
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert message in line
+    assert not proof.exists()
+    assert names(tmp_path / "out") == []
+
+
+def test_a_checkpoint_is_no_model_folder(photo, tmp_path):
+    torch.save({"unet": Code(tmp_path / "it_ran")}, tmp_path / "evil.ckpt")
+    command = ["upscale", str(photo), "-o", str(tmp_path / "b.png"), "--model"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "evil.ckpt")])
+    assert result.exit_code == 1
+    assert "evil.ckpt is no model folder" in result.stderr
+    assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that root cannot write")
+def test_a_folder_that_cannot_be_written_is_one_line(ksr, photo):
+    result = ksr(photo, "-o", "/proc/ksr/big.png")
+    assert result.exit_code == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "/proc/ksr" in line
+
+
+def test_a_teachers_folder_is_used_like_a_students(ksr, photo, tmp_path, unet, model_folder):
+    teacher = KSRTeacherPipeline(unet, num_inference_steps=2, window_px=32, stride_px=24)
+    teacher.save_pretrained(tmp_path / "teacher")
+    options = ("--model", tmp_path / "teacher", "--seed", 7, "--scale", 3, "--fp32")
+    result = ksr(photo, "-o", tmp_path / "big.png", *options)
+    assert result.exit_code == 0, result.stderr
+    generator = torch.Generator().manual_seed(7)
+    (expected,) = teacher(PIL.Image.open(photo), scale=3, generator=generator).images
+    np.testing.assert_array_equal(read(tmp_path / "big.png"), np.asarray(expected))
+
+    refused = ksr(photo, "-o", tmp_path / "no.png", *options, "--refine-steps", 1)
+    assert refused.exit_code == 1
+    assert "--refine-steps and --match-colours belong to a student's folder" in refused.stderr
+    other_steps = ksr(photo, "-o", tmp_path / "other.png", *options, "--steps", 1)
+    assert other_steps.exit_code == 0
+    assert not np.array_equal(read(tmp_path / "other.png"), np.asarray(expected))
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -250,6 +343,7 @@ def test_streamed_and_in_memory_are_the_same_file(ksr, photo, tmp_path, monkeypa
 WORKER = """
 import sys, time
 from ksr_distill.cli import app
+from ksr_distill.cli.upscale import _run_all
 from ksr_distill.inference import estimate, workspace
 estimate.STREAM_ABOVE_PX = 0
 write = workspace.TileFile.write
@@ -357,3 +451,29 @@ def test_a_torn_line_does_not_pass_for_another_tile(tmp_path):
     again.write(3, torch.zeros(3, 32, 32))
     store.refresh()
     assert [store.is_done(index) for index in (3, 13, 1)] == [True, False, False]
+
+
+def test_one_picture_is_written_while_the_next_is_computed(model_folder, tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    for i in range(3):
+        PIL.Image.fromarray(RGB).save(tmp_path / f"in/{i}.png")
+    computed, two_are_computed = [], threading.Event()
+    write, compute = upscale.write_picture, upscale.run_passes
+
+    def run_passes(*args, **kwargs):
+        computed.append(compute(*args, **kwargs))
+        if len(computed) == 2:
+            two_are_computed.set()
+        return computed[-1]
+
+    def write_late(*args, **kwargs):
+        assert two_are_computed.wait(timeout=20)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(upscale, "run_passes", run_passes)
+    monkeypatch.setattr(upscale, "write_picture", write_late)
+    pipeline = load_pipeline(model_folder, device=torch.device("cpu"))
+    upscaler = upscale.Upscaler(pipeline, upscale.Settings(scale=2), Shard())
+    jobs = plan_jobs(tmp_path / "in", tmp_path / "out", name=None)
+    assert _run_all(upscaler, jobs, num_skipped=0, at_once=2) == jobs
+    assert names(tmp_path / "out") == ["0.png", "1.png", "2.png"]
