@@ -181,21 +181,26 @@ def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) ->
     from hydra.errors import HydraException  # noqa: PLC0415
 
     texts = [text for text in arguments if not text.startswith("-")]
+
+    def composed(overrides: Sequence[str]) -> Mapping[str, Any]:
+        with initialize_config_dir(str(folder), version_base="1.3"):
+            return compose(config_name, list(overrides))
+
     try:
         parsed = OverridesParser.create().parse_overrides(texts)
-        kept = [o.input_line or "" for o in parsed if not o.is_sweep_override()]
         for override in parsed:
             if override.is_add() and not str(override.key_or_group).startswith(EXTENSIBLE):
                 raise ValueError(
                     f"{override.input_line}: a plus adds a key that nobody reads; drop it to "
                     f"change {override.key_or_group}, or use it for {', '.join(EXTENSIBLE)}"
                 )
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            groups = [text for text in kept if text.startswith("+")]
-            known = compose(config_name, groups)
-            compose(config_name, kept)
+        composed([o.input_line or "" for o in parsed if not o.is_sweep_override()])
     except HydraException as error:
-        raise ValueError(explain(error, known if "known" in locals() else {})) from error
+        try:
+            known = composed([text for text in texts if text.startswith("+")])
+        except HydraException:
+            known = {}
+        raise ValueError(explain(error, known)) from error
 
 
 EXTENSIBLE = ("experiment", "sweep", "launcher", "trainer", "callbacks", "logger", "hydra")

@@ -106,6 +106,25 @@ def test_typos_are_answered_in_one_line_with_the_nearest_key(override, message):
     assert "\n" not in str(error.value)
 
 
+NODES = ("model", "critic", "data", "degradation", "diffusion", "loss", "optim", "trainer",
+         "callbacks", "logger")  # fmt: skip
+TYPOS = [
+    *(f"{group}=no_such_option" for group in (*NODES, "+sweep", "+launcher", "+experiment")),
+    *(f"{group}.no_such_key=1" for group in NODES),
+]
+
+
+@pytest.mark.parametrize("typo", [
+    *(pytest.param(typo, marks=pytest.mark.slow) for typo in TYPOS), "+sweep=no_such_option",
+    "trainer.no_such_key=1",
+])  # fmt: skip
+def test_a_typo_in_any_group_is_answered_in_one_line(typo):
+    arguments = [typo] if "experiment" in typo else ["+experiment=ksr_flash", "teacher=x", typo]
+    with pytest.raises(ValueError, match="no_such_") as error:
+        check_overrides("train", arguments, CONF)
+    assert "\n" not in str(error.value)
+
+
 def test_sweeps_pass_the_check_of_overrides():
     arguments = ["-m", "+experiment=ksr_flash", "diffusion.num_inference_steps=1,2"]
     check_overrides("train", arguments, CONF)
