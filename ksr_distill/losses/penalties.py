@@ -20,7 +20,7 @@ def scores_and_r1(
         features: The heads' inputs, detached from the trunk.
         t: The timestep at which the critic looks.
     """
-    scores, pull_back = torch.func.vjp(lambda *levels: tuple(heads(levels, t)), *features)
+    scores, pull_back = torch.func.vjp(lambda *levels: tuple(heads(levels, t)), *features)[:2]
     slopes = pull_back(tuple(torch.ones_like(level) for level in scores))
     return list(scores), r1_head_penalty(slopes)
 
