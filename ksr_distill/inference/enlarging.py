@@ -77,6 +77,16 @@ class EnlargingPipeline(DiffusionPipeline):
         enlarged = run_passes(source, passes, tiling=tiling, on_tile=on_tile)
         return resized(enlarged, source, scale)
 
+    def register_scale(self, scale: int, **settings: object) -> None:
+        """Record the model's own factor, and what else is not a network.
+
+        Raises:
+            ValueError: If the factor is none.
+        """
+        if not isinstance(scale, int) or scale < 2:
+            raise ValueError(f"the model's scale={scale!r} is not a whole number from 2 on")
+        self.register_to_config(scale=scale, **settings)
+
     def check_scale(self, scale: float | int | None) -> None:
         """Refuse what is no enlargement."""
         if scale is not None and not (scale >= 1 and math.isfinite(scale)):

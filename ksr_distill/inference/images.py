@@ -147,6 +147,7 @@ def from_rasters(
 def to_unit(raster: Raster) -> Float[Tensor, "3 H W"]:
     """Return the whole raster in [0, 1]."""
     whole = torch.cat(list(strips(raster, rows_at_once=ROWS_AT_ONCE)), dim=1)
+    check_has_numbers(whole)
     return (whole / 2 + 0.5).clamp_(0, 1)
 
 
@@ -166,6 +167,16 @@ def to_uint8(raster: Raster) -> UInt8[np.ndarray, "H W c"]:
 
 def quantised(strip: Float[Tensor, "c h w"], *, bits: int) -> np.ndarray:
     """Return (h, w, c) integers of 8 or 16 bits, rounded to the nearest."""
+    check_has_numbers(strip)
     peak = 2**bits - 1
     unit = (strip.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
     return (unit * peak).round_().numpy().astype(np.uint8 if bits == 8 else np.uint16)
+
+
+def check_has_numbers(pixels: Float[Tensor, "c h w"]) -> None:
+    """Refuse what would be written as black: a half-precision overflow, or damaged weights."""
+    if bool(pixels.isnan().any()):
+        raise ValueError(
+            "the network's output has places that are not numbers: too large for half precision "
+            "(use --fp32, in Python dtype=torch.float32), or the weights are damaged"
+        )

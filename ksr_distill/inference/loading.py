@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from ksr_distill.inference import cpu
 from ksr_distill.inference.acceleration import accelerate, can_accelerate
 from ksr_distill.inference.memory import as_size, free_memory_bytes
+from ksr_distill.inference.model_folders import check_pipeline_folder
 from ksr_distill.inference.offload import take_turns
 from ksr_distill.inference.pipeline import KSRFlashPipeline
 from ksr_distill.inference.teacher import KSRTeacherPipeline
@@ -71,6 +72,8 @@ def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> 
     half = not fp32 and (cpu.multiplies_bf16() if is_cpu else True)
     is_fast = half and can_accelerate(device)
     half_dtypes = CPU_DTYPES if is_cpu else FAST_DTYPES if is_fast else HALF_DTYPES
+    variant = _variant(folder, half=half)
+    check_pipeline_folder(folder, variant=variant)
     try:
         with warnings.catch_warnings():
             # diffusers renames this argument; both names have to work over our range of versions.
@@ -78,7 +81,7 @@ def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> 
             pipeline = PIPELINES[class_name].from_pretrained(
                 folder,
                 torch_dtype=half_dtypes if half else torch.float32,
-                variant=_variant(folder, half=half),
+                variant=variant,
                 use_safetensors=True,
                 local_files_only=True,
             )

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, VQModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ksr_distill.durable import replacing
 from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
+from ksr_distill.models.weights import check_names_and_shapes
 
 HALF_VARIANT = "fp16"
 
@@ -129,6 +130,48 @@ def load_model(folder: Path, component: str | None = None) -> ModelMixin:
     variant = HALF_VARIANT if all(f".{HALF_VARIANT}" in file.name for file in files) else None
     stored = [file for file in files if variant or f".{HALF_VARIANT}" not in file.name]
     return _load(MODEL_CLASSES[class_name], folder, dtype=_dtype_in(stored[0]), variant=variant)
+
+
+def check_pipeline_folder(folder: Path, *, variant: str | None) -> None:
+    """Refuse a pipeline's folder of which a network's weights are not those of its config.
+
+    diffusers leaves out what it does not know, and fails later, elsewhere, over what is missing.
+
+    Raises:
+        ValueError: If a name is missing, unknown, or of another shape; or a file is damaged.
+    """
+    index = json.loads((folder / "model_index.json").read_text())
+    for name, value in index.items():
+        if not isinstance(value, list) or name == "_class_name" or not isinstance(value[0], str):
+            continue
+        if value[-1] not in MODEL_CLASSES:
+            raise ValueError(f"{folder}: {name} is a {value[-1]}, not one of {[*MODEL_CLASSES]}")
+        _check_weights_fit(MODEL_CLASSES[value[-1]], folder / name, variant=variant)
+
+
+def _check_weights_fit(model_class: type[ModelMixin], folder: Path, *, variant: str | None) -> None:
+    config_file = folder / "config.json"
+    files = sorted(folder.glob("*.safetensors"))
+    halves = [file for file in files if f".{HALF_VARIANT}" in file.name]
+    files = halves if variant and halves else [file for file in files if file not in halves]
+    if not config_file.is_file() or not files:
+        raise ValueError(f"{folder} lacks its config.json or its safetensors file; copy it again")
+    try:
+        with torch.device("meta"):
+            model = model_class.from_config(json.loads(config_file.read_text()))
+        given = {name: shape for file in files for name, shape in _shapes_in(file).items()}
+    except (TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is damaged: {error}") from error
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    try:
+        check_names_and_shapes(expected, given)
+    except ValueError as error:
+        raise ValueError(f"{folder} does not hold the weights of its config: {error}") from error
+
+
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(file, "pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
 
 
 def _dtype_in(file: Path) -> torch.dtype:

@@ -56,7 +56,7 @@ class KSRFlashPipeline(EnlargingPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(sr=sr, refiner=refiner, movq=movq, context=context)
-        self.register_to_config(student_timesteps=list(student_timesteps), scale=scale)
+        self.register_scale(scale, student_timesteps=list(student_timesteps))
 
     @torch.no_grad()
     def __call__(  # noqa: PLR0913 - what a user may choose, all by keyword

@@ -41,8 +41,8 @@ class KSRTeacherPipeline(EnlargingPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(sr=sr)
-        self.register_to_config(
-            scale=scale,
+        self.register_scale(
+            scale,
             num_inference_steps=num_inference_steps,
             window_px=window_px,
             stride_px=stride_px,

@@ -311,14 +311,15 @@ def test_a_folder_that_cannot_be_written_is_one_line(ksr, photo):
     assert "/proc/ksr" in line
 
 
-def test_a_teachers_folder_is_used_like_a_students(ksr, photo, tmp_path, unet, model_folder):
+def test_a_teachers_folder_is_used_like_a_students(ksr, photo, tmp_path, unet):
     teacher = KSRTeacherPipeline(unet, num_inference_steps=2, window_px=32, stride_px=24)
     teacher.save_pretrained(tmp_path / "teacher")
     options = ("--model", tmp_path / "teacher", "--seed", 7, "--scale", 3, "--fp32")
     result = ksr(photo, "-o", tmp_path / "big.png", *options)
     assert result.exit_code == 0, result.stderr
+    loaded = load_pipeline(tmp_path / "teacher", device=torch.device("cpu"), fp32=True)
     generator = torch.Generator().manual_seed(7)
-    (expected,) = teacher(PIL.Image.open(photo), scale=3, generator=generator).images
+    (expected,) = loaded(PIL.Image.open(photo), scale=3, generator=generator).images
     np.testing.assert_array_equal(read(tmp_path / "big.png"), np.asarray(expected))
 
     refused = ksr(photo, "-o", tmp_path / "no.png", *options, "--refine-steps", 1)
