@@ -32,18 +32,23 @@ class TimeEmbedding(nn.Module):
     def __init__(self, sinusoid_dim: int, dim: int) -> None:
         super().__init__()
         self.sinusoid_dim = sinusoid_dim
-        self.linear_1 = nn.Linear(sinusoid_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = LinearInFloat32(sinusoid_dim, dim)
+        self.linear_2 = LinearInFloat32(dim, dim)
 
     def forward(self, t: Real[Tensor, " b"]) -> Float[Tensor, "b d"]:
         """Return the embedding in the weights' dtype."""
         with torch.autocast(t.device.type, enabled=False):
-            hidden = sinusoidal_embedding(t, self.sinusoid_dim)
-            hidden = F.linear(hidden, self.linear_1.weight.float(), self.linear_1.bias.float())
-            hidden = F.linear(
-                F.silu(hidden), self.linear_2.weight.float(), self.linear_2.bias.float()
-            )
+            hidden = self.linear_1(sinusoidal_embedding(t, self.sinusoid_dim))
+            hidden = self.linear_2(F.silu(hidden))
         return hidden.to(self.linear_1.weight.dtype)
+
+
+class LinearInFloat32(nn.Linear):
+    """Computes in float32, whatever the weights' dtype."""
+
+    def forward(self, hidden: Float[Tensor, "b c"]) -> Float[Tensor, "b c2"]:
+        """Return the float32 result."""
+        return F.linear(hidden, self.weight.float(), self.bias.float())
 
 
 class Enlarge(nn.Module):
@@ -54,16 +59,23 @@ class Enlarge(nn.Module):
         return F.interpolate(hidden, scale_factor=2.0, mode="nearest")
 
 
-def conv_of_enlarged(
-    hidden: Float[Tensor, "b c h w"], conv: nn.Conv2d
-) -> Float[Tensor, "b c2 H W"]:
-    """Return ``conv(Enlarge()(hidden))`` of a 3×3 convolution, without the enlarged map in between.
+class ConvOfEnlarged(nn.Conv2d):
+    """A 3×3 convolution of its doubled input, without the enlarged map in between."""
 
-    Of the nine taps of an even row or column the last two meet the same repeated pixel, of an odd
-    one the first two: each of the four places in a 2×2 cell has a kernel of its own on the small
-    map.
+    def forward(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 H W"]:
+        """Return ``conv(Enlarge()(hidden))`` with this layer's weights."""
+        weight = kernels_of_enlarged(self.weight)
+        bias = cast(Tensor, self.bias).repeat_interleave(4)
+        return F.pixel_shuffle(F.conv2d(hidden, weight, bias, padding=1), 2)
+
+
+def kernels_of_enlarged(weight: Float[Tensor, "c2 c 3 3"]) -> Float[Tensor, "4*c2 c 3 3"]:
+    """Return the kernels on the small map of each place in a 2×2 cell, in pixel_shuffle's order.
+
+    Of the three taps of an even row or column the last two meet the same repeated pixel, of an odd
+    one the first two.
     """
-    first, centre, last = conv.weight.unbind(dim=2)
+    first, centre, last = weight.unbind(dim=2)
     none = torch.zeros_like(first)
     rows = ((first, centre + last, none), (none, first + centre, last))
     kernels = []
@@ -72,9 +84,7 @@ def conv_of_enlarged(
         none = torch.zeros_like(left)
         kernels.append(torch.stack([left, middle + right, none], dim=3))
         kernels.append(torch.stack([none, left + middle, right], dim=3))
-    weight = torch.stack(kernels, dim=1).flatten(0, 1)  # (c2, 4 places) → pixel_shuffle's order
-    bias = None if conv.bias is None else conv.bias.repeat_interleave(4)
-    return F.pixel_shuffle(F.conv2d(hidden, weight, bias, padding=1), 2)
+    return torch.stack(kernels, dim=1).flatten(0, 1)
 
 
 def resampler(channels: int, resampling: Resampling, upsampling: Upsampling) -> nn.Module | None:
@@ -113,7 +123,9 @@ class ResNetBlock(nn.Module):
         self.time_projection = nn.Linear(time_embedding_dim, 2 * out_channels)
         self.norm_1 = GroupNorm(num_groups, in_channels)
         self.resample_main = resampler(in_channels, resampling, upsampling)
-        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        enlarges = isinstance(self.resample_main, Enlarge)
+        first_conv = ConvOfEnlarged if enlarges else nn.Conv2d
+        self.conv_1 = first_conv(in_channels, out_channels, 3, padding=1)
         self.norm_2 = GroupNorm(num_groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -127,16 +139,13 @@ class ResNetBlock(nn.Module):
         """Return the block's features, resampled and with new channels where it says so."""
         scale_shift = self.time_projection(F.silu(time_embedding))[:, :, None, None]
         scale, shift = scale_shift.chunk(2, dim=1)
-        main = self.resampled_conv(self.norm_1(hidden))
+        main = self.norm_1(hidden)
+        if not (self.resample_main is None or isinstance(self.conv_1, ConvOfEnlarged)):
+            main = self.resample_main(main)
+        main = self.conv_1(main)
         main = self.norm_2(main) * (scale + 1) + shift
         main = self.conv_2(self.dropout(F.silu(main)))
         return main + self.shortcut(hidden)
-
-    def resampled_conv(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
-        """Return the first convolution of the resampled features."""
-        if isinstance(self.resample_main, Enlarge):
-            return conv_of_enlarged(hidden, self.conv_1)
-        return self.conv_1(hidden if self.resample_main is None else self.resample_main(hidden))
 
     def shortcut(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         """Return the block's input in its output's size and channels."""

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 
 from ksr_distill.models import KSRUNet
-from ksr_distill.models.blocks import Enlarge, conv_of_enlarged, sinusoidal_embedding
+from ksr_distill.models.blocks import ConvOfEnlarged, Enlarge, sinusoidal_embedding
 from ksr_distill.models.weights import sr_unet_from_released
 from tests.golden import golden_shapes, golden_weights, load_golden
 
@@ -114,6 +115,17 @@ def test_folder_gives_the_same_pixels(tmp_path):
 def test_a_convolution_of_repeated_pixels_needs_no_repeated_pixels():
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 5, 3, padding=1).double()
+    frugal = ConvOfEnlarged(3, 5, 3, padding=1).double()
+    frugal.load_state_dict(conv.state_dict())
     small = torch.randn(2, 3, 4, 6, dtype=torch.float64)
     expected = conv(Enlarge()(small))
-    torch.testing.assert_close(conv_of_enlarged(small, conv), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(frugal(small), expected, rtol=0, atol=1e-14)
+
+
+@torch.no_grad()
+def test_weights_may_come_and_go_with_each_layers_call():
+    unet = KSRUNet(**TINY, upsampling="nearest", predict_residual=True).eval()
+    expected = unet(*inputs())
+    cpu_offload(unet, execution_device=torch.device("cpu"))  # as in sequential offload
+    assert {weight.device.type for weight in unet.parameters()} == {"meta"}
+    assert torch.equal(unet(*inputs()), expected)
