@@ -28,7 +28,7 @@ TENSORS = 400
 """The full network has about as many."""
 INTERVALS_MIN = (2, 10, 30)
 SHARES = "".join(f" {minutes} min |" for minutes in INTERVALS_MIN)
-Pause = tuple[float, float]
+Pause = tuple[float, float, float]
 
 
 def make_state(parameters: int, device: torch.device) -> dict[str, Any]:
@@ -54,7 +54,7 @@ class Loop:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.matrix = torch.rand(256, 256, device=device)
-        self.update_s = statistics.median(self.update() for _ in range(300))
+        self.mean_update_s(updates=300)
 
     def update(self) -> float:
         """Return how long an update took."""
@@ -64,40 +64,46 @@ class Loop:
         wait_for(self.device)
         return time.perf_counter() - began
 
+    def mean_update_s(self, *, updates: int) -> float:
+        """Return how long an update takes now, beside whatever else the machine does."""
+        return statistics.mean(self.update() for _ in range(updates))
+
 
 def save(loop: Loop, io: AtomicCheckpointIO, state: dict[str, Any], path: Path) -> Pause:
-    """Save between two updates; return the seconds of the pause, and those lost in all.
+    """Save between two updates; return seconds: of the pause, lost in all, until it is on the disk.
 
-    Lost is what the updates took beyond their usual time until the file was on the disk.
+    Lost is what the updates took until the file was on the disk, beyond what as many take before
+    and after it.
     """
+    usual_s = loop.mean_update_s(updates=500)
     began = time.perf_counter()
     io.save_checkpoint(state, path)
     pause = time.perf_counter() - began
-    lost = 0.0
+    meanwhile = []
     while io.is_writing:
-        lost += loop.update() - loop.update_s
+        meanwhile.append(loop.update())
     io.wait()
+    on_disk = time.perf_counter() - began
     if io.failure:
         raise OSError(io.failure)
-    return pause, pause + lost
+    usual_s = (usual_s + loop.mean_update_s(updates=500)) / 2
+    return pause, pause + sum(meanwhile) - len(meanwhile) * usual_s, on_disk
 
 
 def measure(name: str, io: AtomicCheckpointIO, loop: Loop, state: Any, folder: Path) -> Any:
     """Save three times; the first pays for pinned memory, the others are as in a run."""
-    pauses, on_disk_s = [], []
+    pauses = []
     for number in range(3):
         path = path_of_update(folder, number)
-        began = time.perf_counter()
         pauses.append(save(loop, io, state, path))
-        on_disk_s.append(time.perf_counter() - began)
         io.remove_checkpoint(path)
-    lost = statistics.mean(lost for _, lost in pauses[1:])
+    lost = statistics.mean(lost for _, lost, _ in pauses[1:])
     return {
         "mode": name,
         "first_pause_s": round(pauses[0][0], 3),
-        "pause_s": round(statistics.mean(pause for pause, _ in pauses[1:]), 3),
+        "pause_s": round(statistics.mean(pause for pause, _, _ in pauses[1:]), 3),
         "lost_s": round(lost, 3),
-        "on_disk_s": round(statistics.mean(on_disk_s[1:]), 2),
+        "on_disk_s": round(statistics.mean(on_disk for _, _, on_disk in pauses[1:]), 2),
         "share_percent": {
             str(minutes): round(100 * lost / (60 * minutes), 2) for minutes in INTERVALS_MIN
         },
