@@ -1,0 +1,226 @@
+"""Fill docs/results.md from docs/results.json, so that no number in it is typed.
+
+Every part between <!-- begin NAME --> and <!-- end --> is made anew:
+
+    python benchmarks/proof_page.py
+
+With --check it writes nothing and ends with 1 where page and numbers disagree.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DOCS = Path(__file__).parents[1] / "docs"
+PART = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+COLUMNS = (
+    ("psnr_y", "PSNR-Y, dB", 2),
+    ("top_octave_power_ratio", "top octave", 2),
+    ("swd", "SWD", 1),
+    ("lowres_consistency_psnr", "lowres, dB", 1),
+    ("checkerboard_peak", "peak", 2),
+    ("worst_checkerboard_peak", "worst peak", 2),
+)
+
+Models = Mapping[str, Mapping[str, Any]]
+
+
+class Claim(NamedTuple):
+    """One thing that the models must show.
+
+    Attributes:
+        values: What was measured, with its unit.
+    """
+
+    text: str
+    values: str
+    is_kept: bool
+
+
+def fill(page: str, results: Mapping[str, Any]) -> str:
+    """Return the page with every generated part made anew.
+
+    Raises:
+        ValueError: If a part has a name that nothing makes.
+    """
+    makers = {
+        "how": how,
+        "tables": tables,
+        "steps": steps,
+        "claims": claims_table,
+        "spread": spread,
+        "commands": commands,
+    }
+
+    def made(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in makers:
+            raise ValueError(f"{name} is no part of the page; use one of {', '.join(makers)}")
+        return f"{begin}{makers[name](results)}\n{end}"
+
+    return PART.sub(made, page)
+
+
+def how(results: Mapping[str, Any]) -> str:
+    """Return on what the numbers were measured."""
+    settings = results["settings"]
+    return f"Measured on {settings['device']} with {settings['software']}, ×{settings['scale']}."
+
+
+def tables(results: Mapping[str, Any]) -> str:
+    """Return a table for each set."""
+    blocks = []
+    for name, one in results["sets"].items():
+        head = [f"**{name}**, {one['num_images']} images", *(title for _, title, _ in COLUMNS)]
+        rows = [head, ["---"] * len(head)]
+        for model, values in one["models"].items():
+            cells = [f"{values[key]:.{digits}f}" for key, _, digits in COLUMNS]
+            rows.append([in_words(model), *cells])
+        blocks.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join(blocks)
+
+
+def steps(results: Mapping[str, Any]) -> str:
+    """Return what each student is after each of its steps."""
+    rows = [["set", "student", "after step", *(title for _, title, _ in COLUMNS[:3])]]
+    rows.append(["---"] * len(rows[0]))
+    for name, one in results["sets"].items():
+        for model, values in one["models"].items():
+            if not model.startswith("student"):
+                continue
+            for step, found in values.get("after_step", {}).items():
+                cells = [f"{found[key]:.{digits}f}" for key, _, digits in COLUMNS[:3]]
+                rows.append([name, in_words(model), step, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def spread(results: Mapping[str, Any]) -> str:
+    """Return the largest deviation over seeds of any model's mean over a set."""
+    deviations = [
+        values["seed_spread"]
+        for one in results["sets"].values()
+        for values in one["models"].values()
+        if "seed_spread" in values
+    ]
+    if not deviations:
+        return "One seed."
+    worst = {key: max(one[key] for one in deviations) for key, _, _ in COLUMNS[:5]}
+    words = ", ".join(f"{title} {worst[key]:.2g}" for key, title, _ in COLUMNS[:5])
+    return (
+        f"Standard deviation of a set's mean over {results['settings']['seeds']} seeds of the "
+        f"sampling noise, the largest of all models and sets: {words}."
+    )
+
+
+def commands(results: Mapping[str, Any]) -> str:
+    """Return the command that measured, as it was typed."""
+    return f"```bash\n{results['settings']['command']}\n```"
+
+
+def claims_table(results: Mapping[str, Any]) -> str:
+    """Return what was asked of the models, and what was measured."""
+    rows = [["asked", "measured", "kept"], ["---"] * 3]
+    rows += [[c.text, c.values, "yes" if c.is_kept else "**no**"] for c in claims(results)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def claims(results: Mapping[str, Any]) -> list[Claim]:
+    """Return each claim about teacher and four-step student with its numbers."""
+    sets: dict[str, Models] = {name: one["models"] for name, one in results["sets"].items()}
+    found: list[Claim] = []
+
+    def at_least(text: str, model: str, key: str, limits: Mapping[str, float], digits: int) -> None:
+        limits = {name: limit for name, limit in limits.items() if name in sets}
+        if limits and all(model in sets[name] for name in limits):
+            got = {name: sets[name][model][key] for name in limits}
+            words = " / ".join(f"{value:.{digits}f}" for value in got.values())
+            found.append(Claim(text, words, all(got[n] >= limit for n, limit in limits.items())))
+
+    at_least(
+        "teacher, one step: PSNR-Y ≥ 37.8 on Set5, 33.3 on Set14",
+        "teacher_1", "psnr_y", {"Set5": 37.8, "Set14": 33.3}, 2,
+    )  # fmt: skip
+    at_least(
+        "teacher, 100 steps: top octave ≥ 0.7 on Set14",
+        "teacher_100", "top_octave_power_ratio", {"Set14": 0.7}, 2,
+    )  # fmt: skip
+    at_least(
+        "student, four steps: PSNR-Y ≥ 35.0 on Set5, 31.0 on Set14",
+        "student_4", "psnr_y", {"Set5": 35.0, "Set14": 31.0}, 2,
+    )  # fmt: skip
+    at_least(
+        "student, four steps: lowres consistency ≥ 40 dB on every set",
+        "student_4", "lowres_consistency_psnr", dict.fromkeys(sets, 40.0), 1,
+    )  # fmt: skip
+    return found + student_claims(sets)
+
+
+def student_claims(sets: Mapping[str, Models]) -> list[Claim]:
+    """Return the claims that compare the four-step student with 1 or with its teacher."""
+    having = {name: models for name, models in sets.items() if "student_4" in models}
+    found = []
+    ratios = {
+        name: models["student_4"]["top_octave_power_ratio"]
+        for name, models in having.items()
+        if name != "Set5"
+    }
+    if ratios:
+        found.append(
+            Claim(
+                f"student, four steps: top octave within 0.8–1.2 on {' and '.join(ratios)}",
+                " / ".join(f"{ratio:.2f}" for ratio in ratios.values()),
+                all(0.8 <= ratio <= 1.2 for ratio in ratios.values()),
+            )
+        )
+    for other, factor, text in (
+        ("teacher_100", 1.0, "SWD at most the teacher's in 100 steps"),
+        ("teacher_5", 0.7, "SWD at least 30 % below the teacher's in five steps"),
+    ):
+        pairs = {
+            name: (models["student_4"]["swd"], models[other]["swd"])
+            for name, models in having.items()
+            if other in models
+        }
+        if pairs:
+            words = " / ".join(
+                f"{name} {ours:.1f} against {theirs:.1f}" for name, (ours, theirs) in pairs.items()
+            )
+            kept = all(ours <= factor * theirs for ours, theirs in pairs.values())
+            found.append(Claim(f"student, four steps: {text}", words, kept))
+    peaks = {name: models["student_4"]["checkerboard_peak"] for name, models in having.items()}
+    if peaks:
+        words = " / ".join(f"{name} {peak:.2f}" for name, peak in peaks.items())
+        text = "student, four steps: no checkerboard peak above twice its neighbours (means)"
+        found.append(Claim(text, words, all(peak <= 2 for peak in peaks.values())))
+    return found
+
+
+def in_words(model: str) -> str:
+    """Return teacher_100 as `teacher, 100 steps`."""
+    match = re.fullmatch(r"(.*)_(\d+)", model)
+    if match is None:
+        return model
+    name, count = match.groups()
+    return f"{name.replace('_', ' ')}, {count} step{'' if count == '1' else 's'}"
+
+
+def main() -> None:
+    """Fill the page, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--page", type=Path, default=DOCS / "results.md")
+    parser.add_argument("--json", type=Path, default=DOCS / "results.json")
+    options = parser.parse_args()
+    page = options.page.read_text(encoding="utf-8")
+    filled = fill(page, json.loads(options.json.read_text(encoding="utf-8")))
+    if options.check:
+        raise SystemExit(page != filled)
+    options.page.write_text(filled, encoding="utf-8")
+    print(options.page.resolve())
+
+
+if __name__ == "__main__":
+    main()
