@@ -21,12 +21,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ksr_distill.quickstart")
     parser.add_argument(
         "--train-teacher", action="store_true",
-        help="train a small teacher first, instead of distilling the one that is shipped",
+        help="train a small teacher first, even where the package brings one",
     )  # fmt: skip
-    trains_teacher = parser.parse_args().train_teacher
+    teacher = None if parser.parse_args().train_teacher else path.shipped_teacher()
+    trains_teacher = teacher is None
+    if trains_teacher:
+        typer.echo(
+            "# a small teacher is trained here, and distilled; the package's own is not used"
+        )
+        teacher = path.TRAINED_TEACHER
     ledger = Ledger(path.FOLDER / "progress.json")
     try:
-        teacher = path.TRAINED_TEACHER if trains_teacher else path.shipped_teacher()
         path.copy_photos()
         begin = [path.pack(), *(path.train_teacher() if trains_teacher else ())]
         for command in (*begin, *path.distil(teacher)):

@@ -47,19 +47,11 @@ def copy_photos() -> None:
         image.crop(PHOTO_BOX).save(PHOTO)
 
 
-def shipped_teacher() -> Path:
-    """Return the folder of the teacher that the package brings.
-
-    Raises:
-        ValueError: If it was installed without.
-    """
-    models = bundled_models()
-    if SHIPPED_TEACHER not in models:
-        raise ValueError(
-            f"this package was installed without its model {SHIPPED_TEACHER}; "
-            "run python -m ksr_distill.quickstart --train-teacher"
-        )
-    folder = models[SHIPPED_TEACHER]
+def shipped_teacher() -> Path | None:
+    """Return the folder of the teacher that the package brings, if it brings one."""
+    folder = bundled_models().get(SHIPPED_TEACHER)
+    if folder is None:
+        return None
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 

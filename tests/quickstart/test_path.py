@@ -1,7 +1,5 @@
 from pathlib import Path
 
-import pytest
-
 from ksr_distill.quickstart import path
 
 SHIPPED = Path("ksr_distill/assets/mini_x2_teacher")
@@ -26,10 +24,9 @@ def test_a_teacher_of_this_checkout_is_named_as_a_reader_would(monkeypatch, tmp_
     assert path.shipped_teacher() == SHIPPED
 
 
-def test_without_the_shipped_teacher_a_reader_is_told_to_train_one(monkeypatch):
+def test_a_package_without_models_has_no_teacher_to_distil(monkeypatch):
     monkeypatch.setattr(path, "bundled_models", dict)
-    with pytest.raises(ValueError, match="--train-teacher"):
-        path.shipped_teacher()
+    assert path.shipped_teacher() is None
 
 
 def test_a_teacher_that_was_trained_here_is_the_one_that_is_distilled():
