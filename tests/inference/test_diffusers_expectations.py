@@ -10,6 +10,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers.callbacks import PipelineCallback
 
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline
@@ -229,6 +230,16 @@ def test_attention_slicing_changes_nothing(flash):
     sliced.enable_attention_slicing()
     images = sliced(PICTURES[0], generator=seeded(1)[0], **options).images
     assert np.abs(images - expected).max() < 1e-4
+
+
+def test_weights_are_read_only_inside_their_own_layer(kind, run, pipeline):
+    """What sequential offloading needs: outside its layer's call a weight is not there."""
+    offloaded = MAKERS[kind]()
+    offloaded.set_progress_bar_config(disable=True)
+    for name in {"sr", "refiner", "movq"} & set(offloaded.components):
+        cpu_offload(getattr(offloaded, name), execution_device=torch.device("cpu"))
+    assert {p.device.type for p in offloaded.sr.parameters()} == {"meta"}
+    assert np.abs(run(offloaded) - run(pipeline)).max() < 1e-3
 
 
 def called_back(pipeline, callback, **options):

@@ -206,9 +206,9 @@ def test_memory_that_runs_out_halves_the_views(teacher, limited_memory, caplog):
         peak_bytes(lambda n=n: pixels(teacher, image, view_batch_size=n, **options))
         for n in (4, 100)
     )
-    assert many > 1.5 * few
+    assert many > 3 * few
     expected = pixels(teacher, image, view_batch_size=4, **options)
-    limited_memory((few + many) // 2)
+    limited_memory(few + few // 2)  # much less than many: cuDNN makes do with less than it takes
     with caplog.at_level(logging.WARNING):
         result = pixels(teacher, image, view_batch_size=100, **options)
     assert "out of memory: going on with view_batch_size=" in caplog.text
