@@ -109,9 +109,16 @@ def run(overrides: list[str], folder: Path, processes: int, *, saves: bool = Fal
                "--work", str(folder), *(["--saves"] if saves else []),
                "--overrides", *told]  # fmt: skip
     environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ}
+    began = time.monotonic()
     with (folder / "log.txt").open("a") as log:
-        code = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
-    if code.returncode:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        while process.poll() is None:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                speeds = logged(folder, "speed/updates_per_s")[-1:]
+                print(f"  {time.monotonic() - began:4.0f} s, updates/s: {speeds}", flush=True)
+    if process.returncode:
         tail = (folder / "log.txt").read_text()[-9000:]
         raise SystemExit(f"error: training on {processes} processes failed:\n{tail}")
     return folder
@@ -119,6 +126,8 @@ def run(overrides: list[str], folder: Path, processes: int, *, saves: bool = Fal
 
 def logged(folder: Path, metric: str) -> list[float]:
     """Return a run's figures of one name, windows of compilation left out."""
+    if not (folder / "metrics.csv").exists():
+        return []
     with (folder / "metrics.csv").open() as file:
         rows = [float(row["value"]) for row in csv.DictReader(file) if row["metric"] == metric]
     return rows[len(rows) // 2 :]

@@ -4,6 +4,7 @@
     python -m benchmarks.training --mini          # the shipped small model's teacher and student
     python -m benchmarks.training --tiny          # seconds on a CPU
     python -m benchmarks.training --mini --profile
+    python -m benchmarks.training --compile-only  # minutes; the next start finds it compiled
 
 ``ours`` is what conf/train.yaml sets; ``eager`` is the same algorithm without compilation, in
 PyTorch's own memory format, and ``recomputing`` with activation checkpointing of the student.
@@ -111,7 +112,7 @@ class Bench:
         config = composed(*case.overrides, f"teacher={folder}")
         self.case, self.device, self.calls = case, device, calls
         if "distillation" in config["module"]["_target_"] and not (folder / "sr").exists():
-            write_random_teacher(folder, config["model"])
+            write_random_teacher(folder, config["model"], device)
         self.module = make_board(config, device)
         self.batch = random_batch(case.batch_size, case.crop_px, device)
         self.turns = turns_of(self.module)
@@ -131,6 +132,7 @@ class Bench:
     def count(self) -> None:
         """Count the arithmetic of the updates that will be timed, on one picture of the batch."""
         whole, self.batch = self.batch, Batch(*(tensor[:1] for tensor in self.batch))
+        torch.backends.cudnn.benchmark = False  # no trials of algorithms for shapes that come once
         with torch.compiler.set_stance("force_eager"):
             for turn in self.turns:
                 with ArithmeticCounter() as counter:
@@ -139,12 +141,14 @@ class Bench:
                 flops = counter.get_total_flops() / self.calls
                 self.flops[turn] = flops * self.case.batch_size
         self.batch = whole
+        torch.backends.cudnn.benchmark = True
 
     def warm_up(self) -> None:
-        """Compile what compiles."""
-        for _ in range(self.calls):
-            self.play("update")
-        wait_for(self.device)
+        """Compile what compiles; say how it goes, for it takes minutes."""
+        for number in range(self.calls):
+            with phase(f"{self.case.name}, {self.case.crop_px}²: update {number + 1} compiled"):
+                self.play("update")
+                wait_for(self.device)
 
     def rows(self, mode: str, *, repeats: int, turns: Sequence[str] | None = None) -> list[Row]:
         """Time turns; all, if none are named."""
@@ -192,12 +196,14 @@ def run_case(
     name = f"{case.name}, {case.crop_px}²"
     with precision_of_training(device):
         with beside_others(options.lock):
-            with phase(f"{name}: built and counted"):
+            with phase(f"{name}: built"):
                 bench = Bench(case, folder, device, calls=options.calls)
+            with phase(f"{name}: counted"):
                 bench.count()
-            with phase(f"{name}: compiled"):
-                bench.lay_out(torch.channels_last)
-                bench.warm_up()
+            bench.lay_out(torch.channels_last)
+            bench.warm_up()
+            if options.compile_only:
+                return
             keep(bench.rows("ours", repeats=1, turns=["update"]))
             release(device)
         with alone(options.lock), phase(f"{name}: measured"):
@@ -262,25 +268,23 @@ def run_here(case: Case, options: argparse.Namespace) -> list[Row]:
 
 
 def run_side_by_side(options: argparse.Namespace, numbers: Sequence[int]) -> list[Row]:
-    """Return all cases' rows, from a process each; show what they said.
+    """Return all cases' rows, from a process each: compiling takes most of the time.
 
-    Compiling takes most of the time and little of the device.
+    A case that is not ready in time is ended; what it had measured by then stays.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        logs = options.logs or folder
         arguments = ["--calls", str(options.calls), "--device", options.device,
                      "--lock", str(options.lock or folder / "lock"), "--also", *options.also,
-                     *(["--profile"] if options.profile else []),
-                     *(["--quick"] if options.quick else []),
+                     *(f"--{name}" for name in ("profile", "quick", "compile-only")
+                       if getattr(options, name.replace("-", "_"))),
                      *([f"--{options.size}"] if options.size else [])]  # fmt: skip
-        environment = {"TORCHINDUCTOR_COMPILE_THREADS": "6", **os.environ}
+        environment = {"TORCHINDUCTOR_COMPILE_THREADS": "6", "PYTHONUNBUFFERED": "1", **os.environ}
         processes = []
         for number in numbers:
             command = [sys.executable, "-m", "benchmarks.training", "--only", str(number),
                        "--rows", str(folder / f"{number}.json"), *arguments]  # fmt: skip
-            log = (logs / f"{number}.log").open("w")
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            processes.append(subprocess.Popen(command, env=environment))
         ends = time.monotonic() + options.limit_s
         for process in processes:
             try:
@@ -289,7 +293,6 @@ def run_side_by_side(options: argparse.Namespace, numbers: Sequence[int]) -> lis
                 process.kill()
         rows = []
         for number in numbers:
-            print((logs / f"{number}.log").read_text()[-9000:])
             found = folder / f"{number}.json"
             rows += [Row(**row) for row in json.loads(found.read_text())] if found.exists() else []
     return rows
@@ -331,10 +334,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one repeat")
     parser.add_argument("--profile", action="store_true", help="show the device's kernels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--limit-s", type=float, default=240, help="for all cases together")
+    parser.add_argument("--limit-s", type=float, default=900, help="for all cases together")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="fill the compiler's cache, measure nothing"
+    )
     parser.add_argument("--also", nargs="*", default=[], help="overrides of conf/train.yaml")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--logs", type=Path, help="folder for what each case says")
     parser.add_argument("--lock", type=Path, help="file that benchmarks at one time share")
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -344,7 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = run_here(CASES[size][numbers[0]], options)
     else:
         rows = run_side_by_side(options, numbers)
-    if options.rows:
+    if options.rows or options.compile_only:
         return
     print_table(rows)
     if not rows:
