@@ -92,10 +92,10 @@ class Bench:
 
     @property
     def stages(self) -> dict[str, Callable[[], object]]:
-        """Each stage on its own, with its noise."""
+        """Each stage on its own, with its noise; without gradients, as the passes run them."""
         refiner = self.refiner
         draw_noise = refiner._noise_source(self.windows, channels=self.latents.shape[1])
-        return {
+        calls: dict[str, Callable[[], object]] = {
             "sr": lambda: self.sr(self.lowres, self.windows),
             "encode": lambda: encode_in_tiles(self.pipe.movq, self.large),
             "refine": lambda: refine_latents(
@@ -104,6 +104,7 @@ class Bench:
             ),
             "decode": lambda: decode_in_tiles(self.pipe.movq, self.latents),
         }  # fmt: skip
+        return {name: torch.no_grad()(call) for name, call in calls.items()}
 
     def cast(self, dtype: torch.dtype, movq_dtype: torch.dtype) -> None:
         """Convert the networks; all weights are float16 numbers, so nothing is lost."""

@@ -54,6 +54,10 @@ def upscale(
     bits: Annotated[int | None, typer.Option(help="8 or 16. Default: the picture's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
     fp32: Annotated[bool, typer.Option("--fp32", help="Full precision.")] = False,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Triton kernels on an NVIDIA GPU: new, and off by default."),
+    ] = False,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Leave finished pictures alone.")
     ] = False,
@@ -87,7 +91,7 @@ def upscale(
     jobs = [job for job in jobs if job not in skipped]
     keep_freed_memory()
     upscaler = Upscaler(
-        load_pipeline(folder, device=pick_device(device), fp32=fp32),
+        load_pipeline(folder, device=pick_device(device), fp32=fp32, fast=fast),
         Settings(
             scale=scale,
             seed=seed,
@@ -105,7 +109,7 @@ def upscale(
         is_dry_run=dry_run,
     )
     # A GPU leaves the host time to read the next picture and write the last one.
-    at_once = 2 if upscaler.pipeline.device.type == "cuda" and part.count == 1 else 1
+    at_once = 2 if fast and part.count == 1 else 1
     done = _run_all(upscaler, jobs, num_skipped=len(skipped), at_once=at_once)
     finished = [*done, *skipped]
     if finished and not dry_run:

@@ -48,19 +48,27 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
-def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> Pipeline:
+def load_pipeline(
+    folder: Path, *, device: torch.device, fp32: bool = False, fast: bool = False
+) -> Pipeline:
     """Return the pipeline of a model folder, a student's or a teacher's.
 
-    float16 and the fast operations on NVIDIA GPUs; on other accelerators half precision with MoVQ
-    in float32, as the released system runs it; on a CPU bfloat16 where it has the instructions,
-    else float32. Networks that do not fit into the accelerator together take turns there.
+    Half precision on accelerators, with MoVQ in float32 as the released system runs it; on a CPU
+    bfloat16 where it has the instructions, else float32. Weights that do not fit into the
+    accelerator together are moved there one by one.
 
     Args:
         fp32: Full precision everywhere.
+        fast: float16 everywhere and the operations of ``acceleration``, on an NVIDIA GPU.
 
     Raises:
-        ValueError: If the folder is not a whole pipeline of ours.
+        ValueError: If the folder is not a whole pipeline of ours, or the device has no fast way.
     """
+    if fast and (fp32 or not can_accelerate(device)):
+        raise ValueError(
+            f"--fast does not fit {'--fp32' if fp32 else f'--device {device}'}; it is float16 by "
+            "Triton kernels on an NVIDIA GPU of compute capability 8.0 or more, leave it out"
+        )
     class_name = _class_name(folder)
     if class_name not in PIPELINES:
         raise ValueError(
@@ -70,8 +78,7 @@ def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> 
     diffusers_logging.disable_progress_bar()
     is_cpu = device.type == "cpu"
     half = not fp32 and (cpu.multiplies_bf16() if is_cpu else True)
-    is_fast = half and can_accelerate(device)
-    half_dtypes = CPU_DTYPES if is_cpu else FAST_DTYPES if is_fast else HALF_DTYPES
+    half_dtypes = CPU_DTYPES if is_cpu else FAST_DTYPES if fast else HALF_DTYPES
     variant = _variant(folder, half=half)
     check_pipeline_folder(folder, variant=variant)
     try:
@@ -88,10 +95,10 @@ def load_pipeline(folder: Path, *, device: torch.device, fp32: bool = False) -> 
     except (RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    if is_fast:
+    if fast:
         networks = (getattr(pipeline, name, None) for name in ("sr", "refiner", "movq"))
         accelerate(*(network for network in networks if network is not None))
-    return _placed(pipeline, device)
+    return _placed(pipeline, device, fast=fast)
 
 
 def _class_name(folder: Path) -> str:
@@ -115,13 +122,16 @@ def _variant(folder: Path, *, half: bool) -> str | None:
     return "fp16" if halves and (half or len(halves) == len(names)) else None
 
 
-def _placed(pipeline: Pipeline, device: torch.device) -> Pipeline:
+def _placed(pipeline: Pipeline, device: torch.device, *, fast: bool) -> Pipeline:
     models = [m for m in pipeline.components.values() if isinstance(m, ModelMixin)]
     if device.type == "cpu":
         cpu.lay_out(*models)
     needed = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     if device.type == "cuda" and needed > 0.6 * free_memory_bytes(device):
         logger.warning("%s of weights: the networks take turns on the GPU", as_size(needed))
-        take_turns(pipeline, device)
+        if fast:
+            take_turns(pipeline, device)
+        else:
+            pipeline.enable_model_cpu_offload(device=device)
         return pipeline
     return pipeline.to(device)

@@ -33,3 +33,9 @@ def test_random_weights_give_pictures_of_a_picture_contrast():
 def test_psnr_is_that_of_pictures_from_0_to_1():
     picture = torch.full((3, 4, 4), 0.5)
     assert inference.psnr(picture + 0.1, picture) == pytest.approx(20, abs=1e-4)
+
+
+def test_stages_keep_no_gradients():
+    bench = inference.Bench(torch.device("cpu"), tiny=True)
+    for name, call in bench.stages.items():
+        assert not call().requires_grad, name  # at full size they do not fit into 140 GB

@@ -1,11 +1,13 @@
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import VQModel
 from torch import nn
 
 from ksr_distill.inference import KSRFlashPipeline
 from ksr_distill.inference.acceleration import accelerate, can_accelerate, operations, restore
 from ksr_distill.inference.acceleration import movq as fast_movq
+from ksr_distill.inference.loading import load_pipeline
 from ksr_distill.models import RefinerContext, RefinerUNet
 from ksr_distill.models.movq import MOVQ_CONFIG, decode, encode
 from tests.inference.conftest import make_unet, photo_like
@@ -161,3 +163,20 @@ def test_winograd_is_for_wide_half_precision_3x3_convolutions():
     assert not operations.prefers_winograd(nn.Conv2d(512, 64, 3, padding=1), pixels)
     assert not operations.prefers_winograd(nn.Conv2d(512, 512, 1), pixels)
     assert not operations.prefers_winograd(nn.Conv2d(512, 512, 3, 2, 1), pixels)
+
+
+def test_weights_that_are_filled_in_layer_by_layer_take_the_plain_way():
+    unet = make_unet()
+    x_t, lowres, t = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 8, 8), torch.tensor([979])
+    with torch.no_grad():
+        expected = unet(x_t, t, lowres)
+    accelerate(unet)
+    cpu_offload(unet, torch.device("cpu"))
+    assert next(unet.parameters()).is_meta
+    with torch.no_grad():
+        assert (unet(x_t, t, lowres) - expected).abs().max() < 1e-5
+
+
+def test_the_fast_way_is_refused_where_there_is_none(model_folder):
+    with pytest.raises(ValueError, match="--fast does not fit --device cpu"):
+        load_pipeline(model_folder, device=torch.device("cpu"), fast=True)

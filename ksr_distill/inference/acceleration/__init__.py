@@ -5,10 +5,11 @@ picture size runs at once, and parameters, names and saved folders stay as they 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from importlib.util import find_spec
 from types import MethodType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from diffusers import VQModel
@@ -25,9 +26,6 @@ from ksr_distill.models import KSRUNet, RefinerUNet
 
 MEASURES_CONVOLUTIONS = True
 """Whether cuDNN times its algorithms at the first call of each shape."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def can_accelerate(device: torch.device) -> bool:
@@ -50,12 +48,12 @@ def accelerate(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
         _lay_out(network, torch.channels_last)
         network.__dict__["is_accelerated"] = True
         if isinstance(network, VQModel):
-            _bind(network, "encode", apply_forward_hook(_with_measured_convolutions(_encode)))
-            _bind(network, "decode", apply_forward_hook(_with_measured_convolutions(_decode)))
+            _bind(network, "encode", apply_forward_hook(_guarded(_encode, VQModel.encode)))
+            _bind(network, "decode", apply_forward_hook(_guarded(_decode, VQModel.decode)))
         elif isinstance(network, KSRUNet):
-            _bind(network, "forward", _with_measured_convolutions(unet_forward))
+            _bind(network, "forward", _guarded(unet_forward, KSRUNet.forward))
         else:
-            _bind(network, "forward", _with_measured_convolutions(refiner_forward))
+            _bind(network, "forward", _guarded(refiner_forward, RefinerUNet.forward))
 
 
 def restore(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
@@ -76,19 +74,28 @@ def _bind(network: torch.nn.Module, name: str, function: Callable[..., Any]) -> 
     setattr(network, name, MethodType(function, network))
 
 
-def _with_measured_convolutions(function: Callable[P, R]) -> Callable[P, R]:
-    """Let cuDNN time its algorithms at the first call of each shape: shapes are few here."""
+def _guarded(fast: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the fast function for its network's device, and the plain one where it cannot work.
 
-    @wraps(function)
-    def measured(*args: P.args, **kwargs: P.kwargs) -> R:
+    diffusers' sequential offload keeps weights on the meta device and fills them in for each call
+    of a layer, but the fast functions call no layers: they read the weights.
+    """
+
+    @wraps(plain)
+    def run(network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        weight = next(network.parameters())
+        if weight.is_meta:
+            return plain(network, *args, **kwargs)
         cudnn = torch.backends.cudnn
         before, cudnn.benchmark = cudnn.benchmark, MEASURES_CONVOLUTIONS
         try:
-            return function(*args, **kwargs)
+            # Triton launches on the current device, whatever its tensors' is.
+            with torch.cuda.device(weight.device) if weight.is_cuda else nullcontext():
+                return fast(network, *args, **kwargs)
         finally:
             cudnn.benchmark = before
 
-    return measured
+    return run
 
 
 def _encode(movq: VQModel, x: Float[Tensor, "b 3 H W"]) -> VQEncoderOutput:
