@@ -49,6 +49,14 @@ class PerNetworkFSDP(PerNetworkDDP):
                 look_through_shards(part)
 
     @override
+    def teardown(self) -> None:
+        """Finish, but leave shards on their devices: Lightning would move modules to the CPU."""
+        module, self._lightning_module = self._lightning_module, None
+        self.optimizers = []
+        super().teardown()
+        self._lightning_module = module
+
+    @override
     def wrap_network(self, network: nn.Module) -> nn.Module:
         """Return the wrapper that gradient-carrying forwards go through."""
         if isinstance(network, KSRUNet):
