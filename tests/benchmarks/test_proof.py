@@ -80,8 +80,8 @@ def test_a_page_is_filled_and_stays_so_and_an_unknown_part_is_named(results):
     assert "old" not in filled
     assert "| student, 4 steps |" in filled
     assert proof_page.fill(filled, results) == filled
-    with pytest.raises(ValueError, match="tabels is no part"):
-        proof_page.fill("<!-- begin tabels -->\n<!-- end -->", results)
+    with pytest.raises(ValueError, match="sums is no part"):
+        proof_page.fill("<!-- begin sums -->\n<!-- end -->", results)
 
 
 def test_a_claim_is_kept_or_not_by_its_numbers():
