@@ -85,15 +85,6 @@ def test_a_saved_and_loaded_pipeline_gives_the_same_pixels(pipeline, folder, run
     assert {file.suffix for file in folder.rglob("*.*")} == {".json", ".safetensors"}
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_saved_and_loaded_in_half_precision_gives_the_same_pixels(kind, run, dtype, tmp_path):
-    half = MAKERS[kind]().to(dtype)
-    half.save_pretrained(tmp_path)
-    loaded = type(half).from_pretrained(tmp_path, torch_dtype=dtype)
-    assert {model.dtype for model in loaded.components.values()} == {dtype}
-    assert same(run(loaded), run(half))
-
-
 def test_optional_components_stay_away(flash, tmp_path):
     bare = KSRFlashPipeline(flash.sr)
     bare.save_pretrained(tmp_path)
@@ -113,17 +104,22 @@ def test_a_component_can_be_left_out_or_given_on_loading(flash, tmp_path):
     assert loaded.sr is flash.sr
 
 
-def test_variants_lie_side_by_side(kind, run, tmp_path):
-    pipeline = MAKERS[kind]()
-    pipeline.save_pretrained(tmp_path)
-    pipeline.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+def test_a_half_precision_variant_lies_beside_and_gives_the_same_pixels(
+    kind, run, pipeline, tmp_path
+):
+    half = MAKERS[kind]()
+    half.save_pretrained(tmp_path)
+    half.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     names = sorted(file.name for file in (tmp_path / "sr").glob("*.safetensors"))
     assert names == [
         "diffusion_pytorch_model.fp16.safetensors",
         "diffusion_pytorch_model.safetensors",
     ]
-    loaded = type(pipeline).from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
-    assert same(run(loaded), run(pipeline))
+    loaded = type(half).from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+    assert {model.dtype for model in loaded.components.values()} == {torch.float16}
+    images = run(loaded)
+    assert same(images, run(half))
+    assert np.abs(images - run(pipeline)).mean() < 1e-2
 
 
 def test_a_variant_that_is_not_there_is_an_error(pipeline, folder):
@@ -154,12 +150,7 @@ def test_all_components_move_between_devices(kind):
     assert moved.device.type == "meta"
 
 
-def test_half_precision_is_near_full_precision(kind, run, pipeline):
-    half = MAKERS[kind]().to(torch.float16)
-    assert np.abs(run(half) - run(pipeline)).mean() < 1e-2
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 3])
 def test_a_batch_of_any_size_gives_as_many_pictures(pipeline, run, size):
     assert run(pipeline, PICTURES[:size]).shape == (size, 12, 40, 3)
 

@@ -91,10 +91,11 @@ def enlarged_by_hand(pipeline, lowres, noise, *, doublings, refine_steps):
     return (picture + 1) / 2
 
 
-@pytest.mark.parametrize("refine_steps", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("size", "doublings"), [((16, 24), 1), ((19, 13), 1), ((10, 12), 2)], ids=str
-)
+    ("size", "doublings", "refine_steps"),
+    [((16, 24), 1, 0), ((16, 24), 1, 1), ((16, 24), 1, 2), ((19, 13), 1, 0), ((19, 13), 1, 2),
+     ((10, 12), 2, 0), ((10, 12), 2, 1)],
+)  # fmt: skip
 def test_the_pipeline_is_the_chain(pipeline, noise, size, doublings, refine_steps):
     image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(4))
 
