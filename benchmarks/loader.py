@@ -92,9 +92,9 @@ def datamodule(shards: str, *, crop_px: int, workers: int) -> ShardDataModule:
     module = ShardDataModule(
         window_shards=16, shards=shards, val_shards=None, degradation=BicubicDegradation(2),
         seed=0, num_updates=10**6, crop_px=crop_px, flip_prob=0.5, transpose_prob=0.0,
-        batch_size=BATCH, micro_batch_size=None, num_val_pictures=1, val_crop_px=None, val_batch_size=1,
-        val_side_multiple=8, corrupt_budget=0, num_workers=workers, prefetch_updates=2,
-        worker_start_method=None, timeout_s=60,
+        batch_size=BATCH, micro_batch_size=None, num_val_pictures=1, val_crop_px=None,
+        val_batch_size=1, val_side_multiple=8, corrupt_budget=0, num_workers=workers,
+        prefetch_updates=2, worker_start_method=None, timeout_s=60,
     )  # fmt: skip
     module.check(world_size=1)
     return module
