@@ -2,7 +2,10 @@
 
 import atexit
 import logging
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -164,13 +167,22 @@ def collate_update(samples: list[HiresSample]) -> HiresBatch:
 
 
 def prepare_worker(_worker: int) -> None:
-    """Leave the signals of Slurm and Ctrl-C to the training process.
+    """Leave the signals of Slurm and Ctrl-C to the training process, and end when it is gone.
 
     Slurm signals every process of a step. A worker that dies of SIGUSR1 or SIGTERM takes the
-    training down before it could save; workers end by themselves when their parent is gone.
+    training down before it could save. torch ends a worker whose parent has died; but a
+    forkserver's workers are its children, and both would stay for ever, 350 MB each.
     """
+    training = multiprocessing.parent_process()
+    if training is not None:
+        threading.Thread(target=_end_with, args=(training,), daemon=True).start()
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_with(training: Any) -> None:
+    training.join()
+    os._exit(1)
 
 
 def _stop_workers(batches: Any) -> None:

@@ -1,6 +1,8 @@
 """Faults injected into the real train.py: none hangs, none loses the last good state."""
 
 import csv
+import json
+import multiprocessing
 import os
 import random
 import signal
@@ -10,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Processes
+from processes import Processes, wait_until
 from real_run import digest_of_run, run_train
 
 from ksr_distill.data.loading import HiresBatch
 from ksr_distill.training.checkpoint_io import read_checkpoint
 from ksr_distill.training.checkpoints import last_good_checkpoint
 from ksr_distill.training.datamodule import HiresDataModule
+from ksr_distill.training.distillation import DistillationModule
 from ksr_distill.types import Batch
 
 FORKED = ("data.num_workers=2", "data.worker_start_method=fork")
@@ -108,6 +111,42 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_the_updates_since_the_one_
     again.succeed(120)
     assert "is damaged" in again.logs()
     assert digest_of_run(parts) == digest_of_run(whole)
+
+
+def run_and_be_killed(folder: Path, **run: Any) -> None:
+    """Train with loader workers; note who they are, and be killed."""
+    turn = DistillationModule.student_turn
+
+    def killed(self: DistillationModule, *arguments: Any) -> Any:
+        workers = [process.pid for process in multiprocessing.active_children()]
+        (folder / "workers.json").write_text(json.dumps(workers))
+        os.kill(os.getpid(), signal.SIGKILL)
+        return turn(self, *arguments)
+
+    DistillationModule.student_turn = killed
+    run_train(folder, **run)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    "method", ["forkserver", pytest.param("fork", marks=pytest.mark.slow),
+               pytest.param("spawn", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_no_loader_worker_outlives_a_killed_training(
+    files: Path, tmp_path: Path, method: str
+) -> None:
+    changes = ("data.num_workers=2", f"data.worker_start_method={method}")
+    run = Processes(1, run_and_be_killed, tmp_path, files=files, changes=changes)
+    assert run.wait(120) == [-signal.SIGKILL]
+    workers = json.loads((tmp_path / "workers.json").read_text())
+    assert len(workers) == 2
+    wait_until(lambda: not any(is_running(pid) for pid in workers), 20)
 
 
 @pytest.mark.slow
