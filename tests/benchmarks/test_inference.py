@@ -6,6 +6,7 @@ import torch
 from benchmarks import inference
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_on_a_cpu_and_writes_what_is_asked_of_it(tmp_path, monkeypatch, capsys):
     target = tmp_path / "inference.json"
     monkeypatch.setattr(

@@ -49,6 +49,7 @@ def results(folders):
     return json.loads((folders / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_model_is_measured_on_every_image_and_students_after_each_step(results):
     assert results["sets"]["photos"]["num_images"] == 2
     models = results["sets"]["photos"]["models"]
@@ -59,6 +60,7 @@ def test_every_model_is_measured_on_every_image_and_students_after_each_step(res
         assert set(proof.METRICS) <= set(values)
 
 
+@pytest.mark.slow
 def test_few_steps_are_drawn_several_times_and_many_once(results):
     models = results["sets"]["photos"]["models"]
     assert models["student_4"]["seed_spread"]["psnr_y"] > 0
@@ -73,6 +75,7 @@ def test_a_set_of_another_scale_is_refused(tmp_path):
         proof.load_set(tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_a_page_is_filled_and_stays_so_and_an_unknown_part_is_named(results):
     parts = ("how", "tables", "steps", "claims", "spread", "commands")
     page = "\n".join(f"<!-- begin {part} -->\nold\n<!-- end -->" for part in parts)

@@ -124,6 +124,7 @@ def gradient_norms(folder: Path) -> dict[str, float]:
     return {f"{name} at {update}": float(value) for update, name, value in parts}
 
 
+@pytest.mark.slow
 def test_a_killed_sharded_run_continues_bit_for_bit_and_one_process_continues_it_as_well(
     settings: dict[str, Any], sharded: dict[str, Any], finished: Path, tmp_path: Path
 ) -> None:
