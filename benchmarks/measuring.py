@@ -1,7 +1,9 @@
 """What the benchmarks share: the machine's own rate, times with the device waited for, results."""
 
 import json
+import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +32,32 @@ class Times(NamedTuple):
     host_seconds: float
     spread: float
     peak_gb: float
+
+
+class Cost(NamedTuple):
+    """What a command took, from its start to its end.
+
+    Attributes:
+        seconds: By the clock.
+        cpu_seconds: Of processor time.
+        peak_mb: Largest resident memory of the process itself.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_mb: float
+
+
+def run_command(command: list[str]) -> Cost:
+    """Run a command to its end, its output dropped; leave if it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}")
+    seconds = time.perf_counter() - start
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def wait_for(device: torch.device) -> None:

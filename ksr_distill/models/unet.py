@@ -1,7 +1,7 @@
 """The super-resolution U-Net: x_t, a timestep and the low-resolution image in, pred_x_0 out."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class KSRUNet(ModelMixin, ConfigMixin):
         super().__init__()
         stem = stem_channels or base_channels
         widths = [stem, *(base_channels * m for m in channel_multipliers)]
-        check_unet_config(widths, num_blocks, num_groups)
+        check_unet_config(widths, num_blocks, num_groups, upsampling)
         block_options = {"time_embedding_dim": time_embedding_dim, "num_groups": num_groups,
                          "dropout": dropout, "upsampling": upsampling}  # fmt: skip
         self.gradient_checkpointing = False
@@ -182,8 +182,15 @@ def enlarge(lowres: Float[Tensor, "b 3 h w"], like: Tensor) -> Float[Tensor, "b 
     return F.interpolate(lowres, like.shape[-2:], mode="bilinear")
 
 
-def check_unet_config(widths: Sequence[int], num_blocks: Sequence[int], num_groups: int) -> None:
+def check_unet_config(
+    widths: Sequence[int], num_blocks: Sequence[int], num_groups: int, upsampling: str
+) -> None:
     """Refuse a layout that cannot be built, by its config key."""
+    if upsampling not in get_args(Upsampling):
+        raise ValueError(
+            f"model.upsampling={upsampling!r} is no way to double the size; "
+            f"use {' or '.join(get_args(Upsampling))}"
+        )
     if len(widths) - 1 != len(num_blocks):
         raise ValueError(
             f"model.num_blocks has {len(num_blocks)} levels and model.channel_multipliers "

@@ -9,6 +9,7 @@ from torch import nn
 
 from ksr_distill.models import KSRUNet
 from ksr_distill.models.blocks import ConvOfEnlarged, Enlarge, sinusoidal_embedding
+from ksr_distill.models.unet import check_unet_config
 from ksr_distill.models.weights import sr_unet_from_released
 from tests.golden import golden_shapes, golden_weights, load_golden
 
@@ -102,6 +103,11 @@ def test_odd_sides_are_refused_with_the_stride():
 def test_impossible_layouts_are_refused_by_key(change, key):
     with pytest.raises(ValueError, match=key):
         KSRUNet(**{**TINY, **change})
+
+
+def test_unknown_ways_to_double_the_size_are_refused_by_key():
+    with pytest.raises(ValueError, match="model.upsampling='bicubic' is no way"):
+        check_unet_config((8, 8), (1,), 4, "bicubic")
 
 
 @torch.no_grad()

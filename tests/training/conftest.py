@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.boards import BareOptimizer
 from ksr_distill.models import Critic, KSRUNet
 from ksr_distill.training.distillation import DistillationModule
 from ksr_distill.training.settings import CriticTerms, GameSettings, PlayerOptim, StudentTerms
@@ -34,16 +35,6 @@ def batch(seed: int = 0, size: int = 4) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     hires = torch.rand(size, 3, 16, 16, generator=generator) * 2 - 1
     return Batch(hires, torch.nn.functional.avg_pool2d(hires, 2))
-
-
-class BareOptimizer:
-    """What Lightning's wrapper is to the module: an optimiser inside, and steps."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        self.param_groups = optimizer.param_groups
-        self.step = optimizer.step
-        self.zero_grad = optimizer.zero_grad
 
 
 class OnePlayerBoard(DistillationModule):
