@@ -1,9 +1,9 @@
 """What the benchmarks share: the machine's own rate, times with the device waited for, results."""
 
 import json
-import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ import torch
 from ksr_distill.training.observability import describe_machine, package_versions
 
 RESULTS = Path(__file__).parent / "results"
+STARTER = Path(__file__).with_name("starter.py")
 
 
 class Times(NamedTuple):
@@ -40,7 +41,7 @@ class Cost(NamedTuple):
     Attributes:
         seconds: By the clock.
         cpu_seconds: Of processor time.
-        peak_mb: Largest resident memory of the process itself.
+        peak_mb: Largest resident memory of the process itself, if above the 12 MB of its starter.
     """
 
     seconds: float
@@ -50,14 +51,12 @@ class Cost(NamedTuple):
 
 def run_command(command: list[str]) -> Cost:
     """Run a command to its end, its output dropped; leave if it fails."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}")
-    seconds = time.perf_counter() - start
-    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    done = subprocess.run(
+        [sys.executable, "-I", STARTER, *command], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return Cost(*map(float, done.stdout.split()))
 
 
 def wait_for(device: torch.device) -> None:
