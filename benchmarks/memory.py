@@ -2,23 +2,21 @@
 
 Each scale runs in a process of its own. The table goes to stdout, the numbers to a JSON file:
 
-    python benchmarks/memory.py                               # a tiny model of random weights
-    python benchmarks/memory.py --model exports/ksr_flash --photo photo.png --scales 2 4 8 16
+    python -m benchmarks.memory                               # a tiny model of random weights
+    python -m benchmarks.memory --model exports/ksr_flash --photo photo.png --scales 2 4 8 16
 """
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pyvips
 import torch
 import torch.nn.functional as F
 
+from benchmarks.measuring import run_command
 from ksr_distill.inference import KSRFlashPipeline
 from ksr_distill.models import KSRUNet
 
@@ -54,17 +52,6 @@ def make_photo(path: Path, side: int) -> Path:
     return path
 
 
-def peak_of(command: list[str]) -> tuple[float, float]:
-    """Return a command's peak resident memory in MB, and its seconds."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}")
-    return usage.ru_maxrss / 1024, time.perf_counter() - start
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -87,17 +74,17 @@ def main() -> None:
         print("| scale | output | peak memory, MB | seconds |\n| --- | --- | --- | --- |")
         for scale in options.scales:
             out = folder / f"big{scale:g}.{options.format}"
-            peak, seconds = peak_of(
+            cost = run_command(
                 [sys.executable, "-c", "from ksr_distill.cli import main; main()", "upscale",
                  str(photo), "-o", str(out), "--model", str(model), "--scale", str(scale),
                  "--tile", options.tile, "--device", options.device, "--steps", options.steps]
             )  # fmt: skip
             image = pyvips.Image.new_from_file(str(out))
             row = {"scale": scale, "width": image.width, "height": image.height,
-                   "peak_mb": round(peak), "seconds": round(seconds, 1)}  # fmt: skip
+                   "peak_mb": round(cost.peak_mb), "seconds": round(cost.seconds, 1)}  # fmt: skip
             rows.append(row)
-            print(f"| ×{scale:g} | {image.width}×{image.height} | {peak:.0f} | {seconds:.0f} |",
-                  flush=True)  # fmt: skip
+            print(f"| ×{scale:g} | {image.width}×{image.height} | {cost.peak_mb:.0f} "
+                  f"| {cost.seconds:.0f} |", flush=True)  # fmt: skip
             out.unlink()
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -7,16 +7,12 @@ Processor time hardly depends on what else runs; where the clock shows more, the
 """
 
 import argparse
-import os
 import shutil
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
 
-from benchmarks.measuring import RESULTS, write_results
+from benchmarks.measuring import RESULTS, Cost, run_command, write_results
 
 KSR = shutil.which("ksr", path=Path(sys.executable).parent) or shutil.which("ksr")
 COMMANDS = {
@@ -28,32 +24,14 @@ COMMANDS = {
 }
 
 
-class Start(NamedTuple):
-    """One start of a command: by the clock, and of processor time."""
-
-    seconds: float
-    cpu_seconds: float
-
-
-def start_once(command: list[str]) -> Start:
-    """Return how long a command takes from start to end."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"error: {' '.join(command)} ended with {process.returncode}")
-    return Start(time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
-
-
-def measure(starts: int) -> dict[str, list[Start]]:
+def measure(starts: int) -> dict[str, list[Cost]]:
     """Return many starts of each command, after one that fills the disk's cache."""
     for command in COMMANDS.values():
-        start_once(command)
-    taken: dict[str, list[Start]] = {name: [] for name in COMMANDS}
+        run_command(command)
+    taken: dict[str, list[Cost]] = {name: [] for name in COMMANDS}
     for _ in range(starts):
         for name, command in COMMANDS.items():
-            taken[name].append(start_once(command))
+            taken[name].append(run_command(command))
     return taken
 
 
