@@ -1,6 +1,6 @@
 r"""The numbers of docs/results.md: bicubic, a teacher and its students on sets of photos.
 
-    python benchmarks/proof.py --teacher exports/ksr_teacher_mini --students exports/flash_4 \
+    python -m benchmarks.proof --teacher exports/ksr_teacher_mini --students exports/flash_4 \
         --set Set5=~/benchmarks/Set5/x2 --set Set14=~/benchmarks/Set14/x2 --set photos=~/photos
 
 A set is a folder of NAME_HR.* beside NAME_LR.*, or of photos, which the bicubic recipe reduces. No

@@ -2,7 +2,7 @@
 
 Every part between <!-- begin NAME --> and <!-- end --> is made anew:
 
-    python benchmarks/proof_page.py
+    python -m benchmarks.proof_page
 
 With --check it writes nothing and ends with 1 where page and numbers disagree.
 """

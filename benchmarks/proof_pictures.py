@@ -1,6 +1,6 @@
 r"""The pictures of docs/results.md, drawn from photos of the scikit-image wheel.
 
-    python benchmarks/proof_pictures.py --teacher mini_x2_teacher --students mini_x2 \
+    python -m benchmarks.proof_pictures --teacher mini_x2_teacher --students mini_x2 \
         --curves teacher=outputs/ksr_teacher_mini/metrics.csv
 
 No model was trained on these photos, and they may be shown. Some minutes on two CPU cores.
