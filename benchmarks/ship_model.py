@@ -17,6 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from benchmarks.proof_page import COLUMNS
+from ksr_distill.export import FRONT_MATTER
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline
 from ksr_distill.inference.model_folders import halve, new_folder
 
@@ -69,13 +70,7 @@ def card_of(name: str, numbers: str, facts: Mapping[str, Any], results: Mapping[
                 rows.append([set_name, f"{values['num_inference_steps']} steps", *cells])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     commands = "\n".join(facts["commands"])
-    return f"""---
-library_name: diffusers
-pipeline_tag: image-to-image
-license: apache-2.0
-tags: [super-resolution, ksr_distill]
----
-
+    return f"""{FRONT_MATTER}
 # {name}: {facts["what"]}
 
 `ksr upscale photo.jpg --model {name}`. float16 on the disk, averaged (EMA) weights.

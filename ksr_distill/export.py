@@ -18,6 +18,14 @@ from ksr_distill.inference.model_folders import new_folder, save_pipeline
 from ksr_distill.models import KSRUNet
 
 CARD_CONFIG_GROUPS = ("data", "degradation", "diffusion", "loss", "optim", "critic")
+FRONT_MATTER = """---
+library_name: diffusers
+pipeline_tag: image-to-image
+license: apache-2.0
+tags: [super-resolution, ksr_distill]
+---
+"""
+"""How every card begins: what the Hugging Face Hub reads of a model."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -143,13 +151,7 @@ def model_card(checkpoint: Mapping[str, Any], path: Path, preview: Path | None) 
     picture = (
         "\n![lowres, what the network makes of it, original](preview.png)\n" if preview else ""
     )
-    return f"""---
-library_name: diffusers
-pipeline_tag: image-to-image
-license: apache-2.0
-tags: [super-resolution, ksr_distill]
----
-
+    return f"""{FRONT_MATTER}
 # {config["name"]}: ×{record["scale"]} super-resolution, {what}
 {picture}
 ```python
