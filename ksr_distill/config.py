@@ -14,6 +14,9 @@ import torch
 ALLOWED_TARGETS = ("ksr_distill.", "lightning.pytorch.")
 """Nothing else is instantiated from a config: a `_target_` such as torch.load runs code."""
 
+EXTENSIBLE = ("experiment", "sweep", "launcher", "trainer", "callbacks", "logger", "hydra")
+"""Where a plus on the command line may add something."""
+
 STRATEGIES = ("auto", "fsdp")
 
 MIN_CROP_PX = 32
@@ -41,15 +44,14 @@ def check_train_config(config: Mapping[str, Any]) -> None:
     stride = model_stride(config)
     crop_px = config["data"]["crop_px"]
     multiple = math.lcm(stride, config["scale"])
+    least = -(-MIN_CROP_PX // multiple) * multiple
     if not isinstance(crop_px, int) or crop_px < multiple or crop_px % multiple:
-        least = max(multiple, -(-MIN_CROP_PX // multiple) * multiple)
         nearest = max(least, int(float(crop_px)) // multiple * multiple)
         raise ValueError(
             f"data.crop_px={crop_px} is not a multiple of {multiple} (the U-Net's stride {stride} "
             f"and scale {config['scale']}); use {nearest}"
         )
     if crop_px < MIN_CROP_PX:
-        least = -(-MIN_CROP_PX // multiple) * multiple
         raise ValueError(
             f"data.crop_px={crop_px} is too small to look for checkerboards in "
             f"health/checkerboard_peak, whose tiles are {MIN_CROP_PX} px; use at least {least}"
@@ -203,10 +205,6 @@ def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) ->
         raise ValueError(explain(error, known)) from error
 
 
-EXTENSIBLE = ("experiment", "sweep", "launcher", "trainer", "callbacks", "logger", "hydra")
-"""Where a plus on the command line may add something."""
-
-
 def explain(error: BaseException, known: Mapping[str, Any]) -> str:
     """Return Hydra's message in one line, with the key that was probably meant."""
     text = " ".join(one_line(part) for part in (error, error.__cause__) if part is not None)
@@ -226,7 +224,7 @@ def explain(error: BaseException, known: Mapping[str, Any]) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message without line breaks, of the innermost cause."""
+    """Return an error's message without line breaks."""
     return " ".join(str(error).split())
 
 

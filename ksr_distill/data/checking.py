@@ -31,8 +31,7 @@ class CheckReport(NamedTuple):
 
     Attributes:
         duplicates: Pairs of members ("shard: key") with the same content. They are no damage, but
-        one
-            of them in the validation shards makes its metrics too good.
+            one of them in the validation shards makes its metrics too good.
     """
 
     shards: tuple[ShardReport, ...]

@@ -17,9 +17,8 @@ from ksr_distill.data.index import Member, ShardIndex, load_member, read_index
 from ksr_distill.data.pictures import PICTURE_ERRORS, as_array
 from ksr_distill.data.plan import Crop, Place, SamplePlan, draw_crop
 
-MAX_SUBSTITUTES = (
-    32  # a position that meets this many unusable pictures in a row has met a lost disk
-)
+MAX_SUBSTITUTES = 32
+"""A position that meets this many unusable pictures in a row has met a lost disk."""
 
 
 class UnusableMemberError(ValueError):

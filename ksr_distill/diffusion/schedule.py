@@ -32,7 +32,7 @@ class NoiseSchedule:
 
     def __init__(self, kind: str = "linear", *, num_train_timesteps: int = 1000) -> None:
         if kind not in ("linear", "cosine"):
-            raise ValueError(f"diffusion.kind={kind!r} is no noise schedule; use linear or cosine")
+            raise ValueError(f"kind={kind!r} is no noise schedule; use linear or cosine")
         betas = {"linear": linear_betas, "cosine": cosine_betas}[kind](num_train_timesteps)
         self.kind = kind
         self.num_train_timesteps = num_train_timesteps
