@@ -2,7 +2,6 @@ import sys
 
 import pytest
 import torch
-from torch import nn
 
 from ksr_distill.inference import cpu
 from ksr_distill.inference.loading import load_pipeline
@@ -44,15 +43,6 @@ def test_tiles_in_bf16_are_kept_finer_than_bf16(monkeypatch, model_folder):
     monkeypatch.setattr(cpu, "multiplies_bf16", lambda: True)
     pipeline = load_pipeline(model_folder, device=CPU)
     assert pipeline.passes(2, seed=0)[0].dtype == torch.float16
-
-
-def test_the_memory_format_changes_and_the_weights_do_not():
-    network = nn.Sequential(nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8))
-    before = [parameter.clone() for parameter in network.parameters()]
-    cpu.lay_out(network)
-    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
-    for ours, theirs in zip(network.parameters(), before, strict=True):
-        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])

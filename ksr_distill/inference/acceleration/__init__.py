@@ -22,6 +22,7 @@ from torch import Tensor
 from ksr_distill.inference.acceleration import movq as fast_movq
 from ksr_distill.inference.acceleration.refiner import refiner_forward
 from ksr_distill.inference.acceleration.unet import unet_forward
+from ksr_distill.inference.layout import lay_out
 from ksr_distill.models import KSRUNet, RefinerUNet
 
 MEASURES_CONVOLUTIONS = True
@@ -44,8 +45,8 @@ def accelerate(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
     The weights' dtype decides what is gained: float16 takes all kernels, bfloat16 those of the
     norms, float32 none. ``restore`` undoes it.
     """
+    lay_out(*networks, memory_format=torch.channels_last)
     for network in networks:
-        _lay_out(network, torch.channels_last)
         network.__dict__["is_accelerated"] = True
         if isinstance(network, VQModel):
             _bind(network, "encode", apply_forward_hook(_guarded(_encode, VQModel.encode)))
@@ -61,13 +62,7 @@ def restore(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
     for network in networks:
         for name in ("encode", "decode", "forward", "is_accelerated"):
             network.__dict__.pop(name, None)
-        _lay_out(network, torch.contiguous_format)
-
-
-def _lay_out(network: torch.nn.Module, memory_format: torch.memory_format) -> None:
-    for parameter in network.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
+    lay_out(*networks, memory_format=torch.contiguous_format)
 
 
 def _bind(network: torch.nn.Module, name: str, function: Callable[..., Any]) -> None:
