@@ -9,7 +9,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from ksr_distill.models import KSRUNet
 from ksr_distill.randomness import generator_for
@@ -118,8 +117,3 @@ def turns_of(module: UpdateModule) -> dict[str, Callable[[Any, Batch], None]]:
     if isinstance(module, DistillationModule):
         return {"student turn": student_turn, "critic turn": critic_turn, "update": whole_update}
     return {"update": whole_update}
-
-
-def weights_of(module: UpdateModule) -> list[Tensor]:
-    """Return the trained weights, e.g. to compare two modules."""
-    return [p for network in module.trainable_networks().values() for p in network.parameters()]

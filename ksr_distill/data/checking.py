@@ -37,11 +37,6 @@ class CheckReport(NamedTuple):
     shards: tuple[ShardReport, ...]
     duplicates: tuple[tuple[str, str], ...]
 
-    @property
-    def num_problems(self) -> int:
-        """Over all shards."""
-        return sum(len(shard.problems) for shard in self.shards)
-
 
 def check_shards(
     shards: Sequence[Path], *, num_workers: int, on_progress: Callable[[int, int], None]

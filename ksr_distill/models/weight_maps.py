@@ -1,4 +1,6 @@
-"""Names: the released state dicts' and ours, one list of rules read in both directions.
+"""Names: how the released code calls each of our parameters, by a list of rules for each network.
+
+Conversion asks for the released name of every parameter of ours, whichever way the weights go.
 
 Sources: ai-forever/KandiSuperRes (Apache-2.0) and diffusers; every name of the full-size models is
 checked by the tests.
@@ -17,8 +19,8 @@ class Rule(NamedTuple):
     """One fragment of a name in both namings.
 
     Attributes:
-        released: The released fragment. ``#`` is an index, a leading ``^`` the start of the name.
-        ours: Ours, with the same number of ``#``.
+        released: The released fragment, with the same number of ``#`` as ours.
+        ours: Ours. ``#`` is an index, a leading ``^`` the start of the name.
         only: What a name must start with for the rule to apply.
         shift: Our first index minus the released one.
         mirror: The sum of our first index and the released one, where they count down and up.
@@ -32,24 +34,17 @@ class Rule(NamedTuple):
 
 
 class WeightMap:
-    """Renames parameters both ways, and reshapes the few that are stored otherwise.
+    """Gives our parameters their released names, and reshapes the few that are stored otherwise.
 
     Args:
-        rules: Applied one after another, in this order in both directions.
+        rules: Applied one after another, in this order.
         linear_from_conv: Our names that are linear layers where the released file has 1×1
             convolutions.
     """
 
     def __init__(self, rules: list[Rule], linear_from_conv: re.Pattern[str] | None = None) -> None:
-        self._to_ours = [_substitution(r.released, r.ours, r, +1) for r in rules]
-        self._to_released = [_substitution(r.ours, r.released, r, -1) for r in rules]
+        self._to_released = [_substitution(rule) for rule in rules]
         self._linear_from_conv = linear_from_conv
-
-    def to_ours(self, released_name: str) -> str:
-        """Return our name of a released parameter; an unknown name comes back half-translated."""
-        for substitute in self._to_ours:
-            released_name = substitute(released_name)
-        return released_name
 
     def to_released(self, our_name: str) -> str:
         """Return the released name of a parameter of ours."""
@@ -69,17 +64,18 @@ class WeightMap:
         return bool(self._linear_from_conv and self._linear_from_conv.search(our_name))
 
 
-def _substitution(source: str, target: str, rule: Rule, sign: int) -> Callable[[str], str]:
-    start = "^" if source.startswith("^") else ""
-    pattern = re.compile(start + re.escape(source.lstrip("^")).replace(re.escape(_INDEX), r"(\d+)"))
-    target = target.lstrip("^")
+def _substitution(rule: Rule) -> Callable[[str], str]:
+    start = "^" if rule.ours.startswith("^") else ""
+    ours = re.escape(rule.ours.lstrip("^")).replace(re.escape(_INDEX), r"(\d+)")
+    pattern = re.compile(start + ours)
+    released = rule.released.lstrip("^")
 
     def rename(match: re.Match[str]) -> str:
         indices = [int(index) for index in match.groups()]
         if indices:
-            moved = indices[0] + sign * rule.shift
+            moved = indices[0] - rule.shift
             indices[0] = moved if rule.mirror is None else rule.mirror - indices[0]
-        return target.replace(_INDEX, "{}").format(*indices)
+        return released.replace(_INDEX, "{}").format(*indices)
 
     def substitute(name: str) -> str:
         return pattern.sub(rename, name, count=1) if name.startswith(rule.only) else name
@@ -108,8 +104,7 @@ SR_UNET_MAP = WeightMap(
         Rule(".res_block.", ".conv_shortcut."),
     ]
 )
-"""KandiSuperRes' U-Net ↔ KSRUNet. ``.resample_main`` is taken before ``.resample_shortcut``,
-whose released name is the end of the former's."""
+"""KandiSuperRes' U-Net ↔ KSRUNet."""
 
 REFINER_MAP = WeightMap(
     [

@@ -29,7 +29,7 @@ def damaged(shards, tmp_path):
 
 def test_sound_shards_have_no_problem(shards):
     report = check(shards)
-    assert report.num_problems == 0
+    assert not any(shard.problems for shard in report.shards)
     assert report.duplicates == ()
     assert sum(len(shard.contents) for shard in report.shards) == NUM_PHOTOS
 
