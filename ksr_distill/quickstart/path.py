@@ -55,15 +55,6 @@ def shipped_teacher() -> Path | None:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
-def commands(teacher: Path) -> list[Command]:
-    """Return every command; each needs the ones before it.
-
-    Args:
-        teacher: The folder to distil: the shipped one, or TRAINED_TEACHER.
-    """
-    return [pack(), *train_teacher(), *distil(teacher), evaluate(teacher)]
-
-
 def pack() -> Command:
     """Return the command that makes shards of the photos."""
     return ("ksr", "shards", "pack", str(PHOTOS), str(SHARDS), "--val-match", "validation/*")
@@ -78,7 +69,11 @@ def train_teacher() -> list[Command]:
 
 
 def distil(teacher: Path) -> list[Command]:
-    """Return the commands from a teacher to enlarged photos."""
+    """Return the commands from a teacher to enlarged photos.
+
+    Args:
+        teacher: The folder to distil: the shipped one, or TRAINED_TEACHER.
+    """
     # A teacher trained here is a seventh of the shipped one's work, so its game is longer.
     name = "quickstart_flash_tiny" if teacher == TRAINED_TEACHER else "quickstart_flash"
     return [

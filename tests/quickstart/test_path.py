@@ -30,7 +30,8 @@ def test_a_package_without_models_has_no_teacher_to_distil(monkeypatch):
 
 
 def test_a_teacher_that_was_trained_here_is_the_one_that_is_distilled():
-    told = words(path.commands(path.TRAINED_TEACHER))
+    teacher = path.TRAINED_TEACHER
+    told = words([*path.train_teacher(), *path.distil(teacher), path.evaluate(teacher)])
     exported = told[told.index("+experiment=quickstart_teacher") :]
     assert str(path.TRAINED_TEACHER) in exported
     assert told.count(f"teacher={path.TRAINED_TEACHER}") == 2
