@@ -18,7 +18,7 @@ Pictures = ImageLike | Sequence[ImageLike]
 ROWS_AT_ONCE = 256
 
 BLUR_SIGMAS_PX = (32.0, 8.0, 2.0)
-"""How far colour bleeds into transparent places, far to near."""
+"""How far colour bleeds into transparent places, far to near, in pixels of the source."""
 
 BLUR_LEAST_WEIGHT = 0.2
 """Where the blur's kernel ends, as in libvips."""

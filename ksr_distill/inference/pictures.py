@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ksr_distill.inference.images import BLUR_SIGMAS_PX
 from ksr_distill.inference.noise import Window
 from ksr_distill.inference.tiff_exif import exif_fields
 
@@ -24,9 +25,6 @@ DEFAULT_MAX_MEGAPIXELS = 120.0
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm",
             ".ppm", ".tga", ".tif", ".tiff", ".webp")  # fmt: skip
 """What a folder is searched for. A single file may have any name."""
-
-BLEED_SIGMAS = (32.0, 8.0, 2.0)
-"""How far colour bleeds into transparent places, far to near, in pixels of the source."""
 
 KEPT_METADATA = ("icc-profile-data", "exif-", "xmp-data", "iptc-data")
 
@@ -246,7 +244,7 @@ def bleed(colour: pyvips.Image, alpha: pyvips.Image, peak: float) -> pyvips.Imag
     if visible > 0:
         bands = [premultiplied.extract_band(i).avg() / visible for i in range(colour.bands)]
         fill = fill + bands
-    for sigma in BLEED_SIGMAS:
+    for sigma in BLUR_SIGMAS_PX:
         near = opacity.gaussblur(sigma, precision="float")
         blurred = premultiplied.gaussblur(sigma, precision="float")
         fill = (near > 1e-3).ifthenelse(blurred / (near + 1e-6), fill)

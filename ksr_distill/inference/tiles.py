@@ -56,8 +56,8 @@ class AxisPlan:
         """Yield the tiles that have a weight somewhere in [start, stop)."""
         for index in range(len(self.starts)):
             low = self._ramp(index - 1)[0] if index > 0 else 0
-            after = len(self.starts) == index + 1
-            high = self.length if after else sum(self._ramp(index))
+            is_last = index + 1 == len(self.starts)
+            high = self.length if is_last else sum(self._ramp(index))
             if low < stop and start < high:
                 yield index
 

@@ -14,7 +14,7 @@ from ksr_distill.inference.estimate import Estimate, check_disk, estimate_job
 from ksr_distill.inference.jobs import Job, Shard
 from ksr_distill.inference.memory import largest_fitting_tile
 from ksr_distill.inference.passes import TilePass, Tiling, run_passes, wait_until_whole
-from ksr_distill.inference.pictures import Picture, open_picture
+from ksr_distill.inference.pictures import DEFAULT_MAX_MEGAPIXELS, Picture, open_picture
 from ksr_distill.inference.pipeline import KSRFlashPipeline
 from ksr_distill.inference.teacher import KSRTeacherPipeline
 from ksr_distill.inference.tiles import BlendedRaster
@@ -42,7 +42,7 @@ class Settings:
     overlap_px: int | None = None
     tile_batch_size: int = 1
     bits: int | None = None
-    max_megapixels: float = 120.0
+    max_megapixels: float = DEFAULT_MAX_MEGAPIXELS
 
 
 @runtime_checkable
@@ -64,8 +64,8 @@ class Upscaler:
 
     Attributes:
         shard: With a count above 1, the tiles of each picture are shared with other processes.
-        fingerprint: Of the weights, so that a workspace knows its model.
         measure: Times the passes for large jobs; null prints no time.
+        is_dry_run: Plan and check, but make nothing.
         turn: Held while a picture is computed: one at a time, but another thread may read or write
             its own meanwhile.
     """
