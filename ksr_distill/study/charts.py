@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from ksr_distill.study.findings import Category
-from ksr_distill.study.statistics import A, B, Summary
+from ksr_distill.study.statistics import BOTH, NEITHER, A, B, Summary
 
-BOTH, NEITHER = 2, 3
 # Left to right; told apart by colour-blind readers and in grey print.
 ORDER = (B, BOTH, NEITHER, A)
 COLOURS = {A: "#f4a259", B: "#2a78b5", BOTH: "#b9d7ea", NEITHER: "#e3e3e3"}

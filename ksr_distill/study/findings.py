@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ksr_distill.study.planning import LEVEL, decidable_difference
+from ksr_distill.study.planning import decidable_difference
 from ksr_distill.study.schema import Pair
 from ksr_distill.study.statistics import (
+    LEVEL,
+    OUTCOMES,
     A,
     B,
     Counts,
@@ -195,9 +197,7 @@ def most_disputed(pairs: list[Pair], counts: Counts) -> list[Disputed]:
     contradiction = np.minimum(counts[:, A], counts[:, B])
     order = np.lexsort((counts.sum(1), -np.abs(counts[:, A] - counts[:, B]), contradiction))[::-1]
     return [
-        Disputed(
-            pairs[row], dict(zip(("a", "b", "both", "neither"), counts[row].tolist(), strict=True))
-        )
+        Disputed(pairs[row], dict(zip(OUTCOMES, counts[row].tolist(), strict=True)))
         for row in order[:NUM_DISPUTED].tolist()
         if contradiction[row]
     ]
@@ -264,10 +264,11 @@ def _category_verdicts(categories: list[Category]) -> list[str]:
     ]
     if len(decided) < len(categories):
         typical = median(category.summary.standard_error for category in categories)
+        half_width = 1.96 * typical
         found = decidable_difference(typical, num_comparisons=len(categories))
         lines.append(
             f"Not decided: {len(categories) - len(decided)} of {len(categories)} categories, which "
-            f"does not mean equal: a typical category's interval is ±{196 * typical:.1f} points, "
+            f"does not mean equal: a typical category's interval is ±{100 * half_width:.1f} points, "
             f"and only a true difference of {100 * found:.0f} points would be found there four "
             "times out of five. Do not rank categories by their estimates."
         )

@@ -6,8 +6,8 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 from ksr_distill.study.basket import Prompt
+from ksr_distill.study.statistics import LEVEL
 
-LEVEL = 0.05
 POWER = 0.8
 # The announcement of KandiSuperRes Flash: 28 % and 15 % decided, so 43 % of the votes count.
 ANNOUNCED_DECIDED = 0.43

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 OUTCOMES = ("a", "b", "both", "neither")
-A, B = 0, 1
+A, B, BOTH, NEITHER = range(4)
+LEVEL = 0.05  # of every test; intervals cover 1 - LEVEL
 NUM_REPLICATES = 40_000  # so that an interval moves by less than one percent of its width
 
 Counts = Int[np.ndarray, "prompts 4"]
@@ -48,12 +49,11 @@ def rng_for(*entropy: int) -> np.random.Generator:
     return np.random.default_rng(list(entropy))
 
 
-def summarise(counts: Counts, rng: np.random.Generator, level: float = 0.05) -> Summary:
+def summarise(counts: Counts, rng: np.random.Generator) -> Summary:
     """Return shares, difference and p-value with bootstrap intervals over prompts.
 
     Args:
         counts: Prompts without a vote are left out.
-        level: 1 − coverage of the intervals.
 
     Raises:
         ValueError: There is no vote.
@@ -65,8 +65,8 @@ def summarise(counts: Counts, rng: np.random.Generator, level: float = 0.05) -> 
     shares = totals / totals.sum()
     estimates = np.append(shares, shares[B] - shares[A])
     replicates = bootstrap_shares(counts, rng)
-    low, high = expanded_percentiles(replicates, len(counts), level)
-    low, high = _open_degenerate(estimates, low, high, len(counts), level)
+    low, high = expanded_percentiles(replicates, len(counts))
+    low, high = _open_degenerate(estimates, low, high, len(counts))
     intervals = [Interval(*map(float, row)) for row in zip(estimates, low, high, strict=True)]
     return Summary(
         num_prompts=len(counts),
@@ -95,13 +95,13 @@ def bootstrap_shares(
 
 
 def expanded_percentiles(
-    replicates: Float[np.ndarray, "replicates k"], num_prompts: int, level: float = 0.05
+    replicates: Float[np.ndarray, "replicates k"], num_prompts: int
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
     """Return percentiles widened for few prompts (Hesterberg, arXiv:1411.5279, section 5.3)."""
     if num_prompts < 2:
         k = replicates.shape[1]
         return np.full(k, -np.inf), np.full(k, np.inf)
-    widened = student_quantile(1 - level / 2, num_prompts - 1)
+    widened = student_quantile(1 - LEVEL / 2, num_prompts - 1)
     tail = NormalDist().cdf(-math.sqrt(num_prompts / (num_prompts - 1)) * widened)
     low, high = np.quantile(replicates, [tail, 1 - tail], axis=0)
     return low, high
@@ -122,10 +122,9 @@ def _open_degenerate(
     low: Float[np.ndarray, " k"],
     high: Float[np.ndarray, " k"],
     num_prompts: int,
-    level: float,
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
     """Give intervals of no width, where every prompt says the same, the exact binomial bound."""
-    unseen = 1 - (level / 2) ** (1 / num_prompts)  # Clopper and Pearson for 0 of num_prompts
+    unseen = 1 - (LEVEL / 2) ** (1 / num_prompts)  # Clopper and Pearson for 0 of num_prompts
     flat = low == high
     low, high = np.where(flat, estimates - unseen, low), np.where(flat, estimates + unseen, high)
     smallest = np.array([0.0, 0.0, 0.0, 0.0, -1.0])
@@ -187,7 +186,7 @@ def alpha_interval(
     draws = rng.integers(0, len(counts), size=(num_replicates, len(counts)))
     replicates = np.array([krippendorff_alpha(counts[draw]) for draw in draws])
     defined: Bool[np.ndarray, " n"] = ~np.isnan(replicates)
-    low, high = np.quantile(replicates[defined], [0.025, 0.975])
+    low, high = np.quantile(replicates[defined], [LEVEL / 2, 1 - LEVEL / 2])
     return Interval(estimate, float(low), float(high))
 
 

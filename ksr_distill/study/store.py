@@ -208,6 +208,7 @@ class Store:
         """Return an attention check if this is the one place for it in this stretch of pairs."""
         stretch = int(self.settings["check_every"]) + 1
         (salt,) = connection.execute("SELECT salt FROM rater WHERE id = ?", (rater,)).fetchone()
+        # Knuth's multiplicative hash: the golden ratio's 32 bits (TAOCP vol. 3, §6.4).
         place = (salt * (given // stretch + 1) * 2654435761 >> 7) % stretch
         if given % stretch != place:
             return None
