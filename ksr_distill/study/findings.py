@@ -268,9 +268,9 @@ def _category_verdicts(categories: list[Category]) -> list[str]:
         found = decidable_difference(typical, num_comparisons=len(categories))
         lines.append(
             f"Not decided: {len(categories) - len(decided)} of {len(categories)} categories, which "
-            f"does not mean equal: a typical category's interval is ±{100 * half_width:.1f} points, "
-            f"and only a true difference of {100 * found:.0f} points would be found there four "
-            "times out of five. Do not rank categories by their estimates."
+            f"does not mean equal: a typical category's interval is ±{100 * half_width:.1f} "
+            f"points, and only a true difference of {100 * found:.0f} points would be found there "
+            "four times out of five. Do not rank categories by their estimates."
         )
     return lines
 
