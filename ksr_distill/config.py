@@ -147,11 +147,18 @@ def targets(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from targets(value, where)
 
 
-def check_whole_number(config: Mapping[str, Any], key: str, *, at_least: int) -> None:
+def check_whole_number(
+    config: Mapping[str, Any], key: str, *, at_least: int, may_be_null: bool = False
+) -> None:
     """Refuse a value that is no integer, or too small."""
     value = config[key]
+    if value is None and may_be_null:
+        return
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{key}={value!r} is not allowed; use a whole number ≥ {at_least}")
+        raise ValueError(
+            f"{key}={value!r} is not allowed; use a whole number ≥ {at_least}"
+            f"{' or null' if may_be_null else ''}"
+        )
 
 
 def num_processes(trainer: Mapping[str, Any]) -> int:

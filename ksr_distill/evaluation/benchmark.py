@@ -30,7 +30,7 @@ SKIPPED_FEATURES = "skipped: give feature_weights=FILE (torchvision's vgg16 or a
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """How is measured.
+    """How the outputs are measured.
 
     Attributes:
         scale: Hires side / lowres side.

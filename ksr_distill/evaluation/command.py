@@ -15,6 +15,7 @@ from rich.progress import (
 )
 
 from ksr_distill import __version__
+from ksr_distill.config import check_whole_number
 from ksr_distill.degradation import Degradation
 from ksr_distill.evaluation.benchmark import (
     Benchmark,
@@ -29,6 +30,7 @@ from ksr_distill.evaluation.figures import read_curves
 from ksr_distill.evaluation.lpips import LPIPS
 from ksr_distill.evaluation.report import ReportSettings, write_report
 from ksr_distill.evaluation.results import write_metrics_json, write_per_image_csv
+from ksr_distill.evaluation.uncertainty import NUM_RESAMPLES
 from ksr_distill.evaluation.upscalers import (
     ModelSpec,
     StudentUpscaler,
@@ -58,7 +60,8 @@ def evaluate(config: Mapping[str, Any], *, to_folder: ToFolder, load_recipe: Loa
     Raises:
         ValueError: By the config's key, before anything is run.
     """
-    check_numbers(config)
+    for key, (smallest, may_be_null) in WHOLE_NUMBERS.items():
+        check_whole_number(config, key, at_least=smallest, may_be_null=may_be_null)
     folder = Path(config["output_dir"])
     images = find_images(_path(config["benchmark"]), _path(config["lowres"]))
     images = images[: config["num_images"]]
@@ -92,23 +95,6 @@ def evaluate(config: Mapping[str, Any], *, to_folder: ToFolder, load_recipe: Loa
     return folder / "report.html"
 
 
-def check_numbers(config: Mapping[str, Any]) -> None:
-    """Refuse what is no whole number, or too small.
-
-    Raises:
-        ValueError: By the config's key.
-    """
-    for key, (smallest, may_be_null) in WHOLE_NUMBERS.items():
-        value = config[key]
-        if value is None and may_be_null:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-            raise ValueError(
-                f"{key}={value!r} is not allowed; use a whole number ≥ {smallest}"
-                f"{' or null' if may_be_null else ''}"
-            )
-
-
 def _settings(
     config: Mapping[str, Any], images: list[BenchmarkImage], load_recipe: LoadRecipe
 ) -> BenchmarkSettings:
@@ -117,7 +103,7 @@ def _settings(
     lpips_trunk, feature_network = (
         None
         if config[key] is None
-        else load_feature_network(Path(config[key])).to(measuring_device(device))
+        else load_feature_network(Path(config[key]), key=key).to(measuring_device(device))
         for key in ("lpips_weights", "feature_weights")
     )
     recipe = config["degradation"]
@@ -191,7 +177,7 @@ def _facts(
         "Device": f"{settings.device}{', half precision' if config['half'] else ''}",
         "Software": f"ksr_distill {__version__}, torch {torch.__version__}",
         "Seed": str(settings.seed),
-        "Intervals": "percentile bootstrap over images, 10,000 resamples",
+        "Intervals": f"percentile bootstrap over images, {NUM_RESAMPLES:,} resamples",
         **{spec.name: str(spec.path) for spec in specs},
     }
 

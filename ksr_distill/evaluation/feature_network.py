@@ -68,15 +68,18 @@ class FeatureNetwork(nn.Module):
         return self.levels(images)[-1].mean(dim=(2, 3))
 
 
-def load_feature_network(weights: Path) -> FeatureNetwork:
+def load_feature_network(weights: Path, *, key: str) -> FeatureNetwork:
     """Return the network whose weights the file holds; VGG16 or AlexNet, told by its keys.
+
+    Args:
+        key: The setting it came from, for the message.
 
     Raises:
         ValueError: If the file is missing or holds neither.
     """
     if not weights.is_file():
         raise ValueError(
-            f"lpips_weights={weights} is no file; give torchvision's vgg16-397923af.pth or "
+            f"{key}={weights} is no file; give torchvision's vgg16-397923af.pth or "
             "alexnet-owt-7be5be79.pth"
         )
     try:
@@ -87,16 +90,17 @@ def load_feature_network(weights: Path) -> FeatureNetwork:
         )
     except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
         raise ValueError(
-            f"{weights} cannot be read as weights ({type(error).__name__}); give torchvision's file"
+            f"{key}={weights} cannot be read as weights ({type(error).__name__}); "
+            "give torchvision's file"
         ) from error
-    trunk = {key: value for key, value in state.items() if key.startswith("features.")}
+    trunk = {name: value for name, value in state.items() if name.startswith("features.")}
     backbone: Backbone = "vgg" if "features.28.weight" in trunk else "alex"
     network = FeatureNetwork(backbone)
     theirs, ours = ({k: v.shape for k, v in d.items()} for d in (trunk, network.state_dict()))
     if theirs != ours:
-        differing = sorted(key for key in theirs | ours if theirs.get(key) != ours.get(key))
+        differing = sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
         raise ValueError(
-            f"lpips_weights={weights} is neither torchvision's VGG16 nor its AlexNet: "
+            f"{key}={weights} is neither torchvision's VGG16 nor its AlexNet: "
             f"{len(differing)} of its keys or shapes differ, the first is {differing[0]}"
         )
     network.load_state_dict(trunk)

@@ -1,7 +1,6 @@
 """A model folder of any kind, loaded for sampling."""
 
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 
 from ksr_distill.inference import KSRFlashPipeline
 from ksr_distill.inference.loading import load_pipeline
+from ksr_distill.inference.model_folders import load_model
 from ksr_distill.models import KSRUNet
 
 Sampler = Literal["student", "ddim", "dpm"]
@@ -78,14 +78,10 @@ def read_index(path: Path) -> dict[str, Any]:
 
 def _load_unet(folder: Path) -> KSRUNet:
     """Return the U-Net in float32, from its half-precision files where there are no others."""
-    files = [path.name for path in folder.glob("*.safetensors")]
-    variant = "fp16" if files and all(".fp16." in name for name in files) else None
     try:
-        with warnings.catch_warnings():
-            # diffusers renames this argument; both names have to work over our range of versions.
-            warnings.simplefilter("ignore", FutureWarning)
-            return KSRUNet.from_pretrained(
-                folder, torch_dtype=torch.float32, variant=variant, local_files_only=True
-            )
+        unet = load_model(folder)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder} cannot be loaded: {' '.join(str(error).split())}") from error
+    if not isinstance(unet, KSRUNet):
+        raise ValueError(f"{folder} holds a {type(unet).__name__}; give a KSRUNet's folder")
+    return unet.float()

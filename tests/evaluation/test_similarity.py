@@ -90,7 +90,7 @@ def test_lpips_is_that_of_torchmetrics(backbone, monkeypatch, tmp_path):
     weights = {f"features.{key}": value for key, value in trunk.state_dict().items()}
     weights["classifier.6.weight"] = torch.zeros(2, 2)
     torch.save(weights, tmp_path / "weights.pth")
-    ours = LPIPS(load_feature_network(tmp_path / "weights.pth"))
+    ours = LPIPS(load_feature_network(tmp_path / "weights.pth", key="lpips_weights"))
     hires = smooth(64, 2)
     expected = theirs(noisy(hires), hires).flatten()
     torch.testing.assert_close(ours(noisy(hires), hires), expected)
@@ -101,12 +101,12 @@ def test_lpips_is_that_of_torchmetrics(backbone, monkeypatch, tmp_path):
 def test_a_file_of_another_network_is_refused(tmp_path):
     torch.save({"features.0.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match=r"neither torchvision's VGG16 nor its AlexNet.*features"):
-        load_feature_network(tmp_path / "resnet.pth")
+        load_feature_network(tmp_path / "resnet.pth", key="lpips_weights")
     (tmp_path / "damaged.pth").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="cannot be read as weights"):
-        load_feature_network(tmp_path / "damaged.pth")
+        load_feature_network(tmp_path / "damaged.pth", key="lpips_weights")
     with pytest.raises(ValueError, match="is no file; give torchvision's"):
-        load_feature_network(tmp_path / "missing.pth")
+        load_feature_network(tmp_path / "missing.pth", key="lpips_weights")
 
 
 def test_the_feature_network_gives_one_vector_per_image():
