@@ -25,7 +25,6 @@ from ksr_distill import __version__
 from ksr_distill.degradation import BicubicDegradation
 from ksr_distill.evaluation.benchmark_images import Pair, common_scale, find_images, load_pair
 from ksr_distill.evaluation.measure import measure
-from ksr_distill.evaluation.metrics import as_saved
 from ksr_distill.evaluation.model_folders import read_index
 from ksr_distill.evaluation.upscalers import (
     ModelSpec,
@@ -35,6 +34,7 @@ from ksr_distill.evaluation.upscalers import (
     build_upscalers,
 )
 from ksr_distill.inference.loading import pick_device
+from ksr_distill.levels import from_levels, round_to_8_bit
 from ksr_distill.randomness import Stream, generator_for
 
 METRICS = (
@@ -122,14 +122,14 @@ def measure_model(
 def estimates(upscaled: Upscaled) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (step, x̂ in [-1, 1]) of what the upscaler kept."""
     for step, image in upscaled.estimates:
-        yield step, image.float() / 127.5 - 1
+        yield step, from_levels(image)
 
 
 def values(image: torch.Tensor, pair: Pair, number: int, scale: int, device: torch.device) -> Means:
     """Return the metrics of one output, as a file would keep it."""
     if pair.hires is None:
         raise ValueError("a set without originals cannot be measured; give photos or pairs")
-    saved = as_saved(image.to(device).float())
+    saved = round_to_8_bit(image.to(device).float())
     measured = measure(
         saved, pair.hires.to(device), scale=scale, border_px=scale, seed=number, lpips=None
     )

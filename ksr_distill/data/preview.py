@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
@@ -13,6 +12,7 @@ from ksr_distill.data.checking import check_sides
 from ksr_distill.data.index import read_header
 from ksr_distill.data.plan import SamplePlan
 from ksr_distill.data.reader import ShardDataset
+from ksr_distill.levels import from_levels, to_levels
 from ksr_distill.randomness import Stream, generator_for
 
 GAP_PX = 8
@@ -49,13 +49,9 @@ def make_contact_sheet(
     for position in range(min(num_pairs, plan.epoch_size)):
         hires_uint8 = dataset[position].hires_uint8
         generator = generator_for(seed, Stream.DEGRADATION, position)
-        lowres = degrade(hires_uint8[None].float() / 127.5 - 1, generator=generator)
-        pairs.append(_join(_to_uint8(lowres[0]), hires_uint8))
+        lowres = degrade(from_levels(hires_uint8[None]), generator=generator)
+        pairs.append(_join(to_levels(lowres[0]).byte(), hires_uint8))
     return _arrange(pairs, pairs_per_row)
-
-
-def _to_uint8(image: Float[Tensor, "3 h w"]) -> UInt8[Tensor, "3 h w"]:
-    return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def _join(lowres: UInt8[Tensor, "3 h w"], hires: UInt8[Tensor, "3 H W"]) -> np.ndarray:

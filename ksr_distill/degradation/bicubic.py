@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ksr_distill.degradation.contract import check_scale, check_sides, in_full_precision
+from ksr_distill.levels import round_to_8_bit
 
 
 def reduce_bicubic(images: Float[Tensor, "b c H W"], scale: int) -> Float[Tensor, "b c h w"]:
@@ -20,11 +21,6 @@ def reduce_bicubic(images: Float[Tensor, "b c H W"], scale: int) -> Float[Tensor
     return F.interpolate(
         images, size=(height // scale, width // scale), mode="bicubic", antialias=True
     )
-
-
-def round_to_8_bit(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Return the images clamped to [-1, 1] and rounded to the 256 levels of a file."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 @dataclass(frozen=True)

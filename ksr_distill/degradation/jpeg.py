@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ksr_distill.degradation.bicubic import reduce_bicubic, round_to_8_bit
+from ksr_distill.degradation.bicubic import reduce_bicubic
 from ksr_distill.degradation.contract import check_scale, check_sides, in_full_precision
 from ksr_distill.degradation.draws import bernoulli, uniform_integers
+from ksr_distill.levels import from_levels, round_to_8_bit, to_levels
 
 # ITU-T T.81, Annex K, tables K.1 (luminance) and K.2 (chrominance).
 LUMINANCE_TABLE = (
@@ -52,7 +53,7 @@ def jpeg_round_trip(
         quality: 1 to 100, as libjpeg and Pillow count it.
     """
     height, width = images.shape[-2:]
-    levels = ((images.clamp(-1, 1) + 1) * 127.5).round()
+    levels = to_levels(images)
     padding = (0, -width % CODED_UNIT_PX, 0, -height % CODED_UNIT_PX)
     ycbcr = _mix(F.pad(levels, padding, mode="replicate"), RGB_TO_YCBCR).round()
     # Y is centred at 128, chroma at 0 already: the shift of T.81 A.3.1.
@@ -61,7 +62,7 @@ def jpeg_round_trip(
     # libjpeg's "fancy upsampling": weights 3/4 and 1/4, which is bilinear at a factor of 2.
     chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear", align_corners=False)
     decoded = _mix(torch.cat([luma, chroma], dim=1), YCBCR_TO_RGB)[..., :height, :width]
-    return decoded.round().clamp(0, 255) / 127.5 - 1
+    return from_levels(decoded.round().clamp(0, 255))
 
 
 def jpeg_where(

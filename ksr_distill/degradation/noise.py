@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ksr_distill.degradation.draws import bernoulli, uniform
+from ksr_distill.levels import to_levels
 
 # ITU-R BT.601 luma.
 GREY_WEIGHTS = (0.299, 0.587, 0.114)
@@ -40,7 +41,7 @@ def add_random_noise(
     is_grey = bernoulli(size, noise.grey_prob, device=device, generator=generator)
     sigma = uniform(size, *noise.gaussian_sigma, device=device, generator=generator)
     strength = uniform(size, *noise.poisson_strength, device=device, generator=generator)
-    levels = ((images.clamp(-1, 1) + 1) * 127.5).round()
+    levels = to_levels(images)
     gaussian = _gaussian_levels(levels, generator=generator) * sigma[:, None, None, None]
     shot = _shot_levels(levels, generator=generator) * strength[:, None, None, None]
     grey, colour = (

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ksr_distill.degradation.bicubic import round_to_8_bit
 from ksr_distill.degradation.blur import (
     LARGEST_KERNEL_PX,
     Blur,
@@ -26,6 +25,7 @@ from ksr_distill.degradation.resize import (
     resize_each,
     resize_randomly,
 )
+from ksr_distill.levels import round_to_8_bit
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from ksr_distill.evaluation.distributions import feature_distances, native_crops
 from ksr_distill.evaluation.feature_network import FeatureNetwork
 from ksr_distill.evaluation.lpips import LPIPS
 from ksr_distill.evaluation.measure import Values, measure, measure_without_original
-from ksr_distill.evaluation.metrics import as_saved
 from ksr_distill.evaluation.upscalers import LOWRES, ORIGINAL, Upscaled, Upscaler
+from ksr_distill.levels import from_levels, round_to_8_bit
 from ksr_distill.randomness import Stream, generator_for
 
 SKIPPED_LPIPS = "skipped: give lpips_weights=FILE (torchvision's vgg16 or alexnet)"
@@ -126,7 +126,7 @@ def run_benchmark(
             rows.append(
                 Row(image.name, model, values, _write_outputs(image.name, model, upscaled, folder))
             )
-            _keep_crops(crops, model, as_saved(upscaled.hires), settings)
+            _keep_crops(crops, model, round_to_8_bit(upscaled.hires), settings)
             on_output(image.name, model)
     return Benchmark(
         folder=folder,
@@ -151,7 +151,7 @@ def _values(
     upscaled: Upscaled, cost: Cost, pair: Pair, settings: BenchmarkSettings, number: int
 ) -> Values:
     device = measuring_device(settings.device)
-    saved = as_saved(upscaled.hires.to(device).float())
+    saved = round_to_8_bit(upscaled.hires.to(device).float())
     megapixels = saved.shape[-2] * saved.shape[-1] / 1e6
     values: dict[str, float | None] = {}
     if pair.hires is not None:
@@ -196,7 +196,7 @@ def _write_outputs(name: str, model: str, upscaled: Upscaled, folder: Path) -> d
     write_image(upscaled.hires, below / f"{model}.png")
     estimates = {e.step: below / f"{model}.step_{e.step}.png" for e in upscaled.estimates}
     for estimate in upscaled.estimates:
-        write_image(estimate.image.float() / 127.5 - 1, estimates[estimate.step])
+        write_image(from_levels(estimate.image), estimates[estimate.step])
     return estimates
 
 

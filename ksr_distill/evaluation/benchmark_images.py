@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ksr_distill.degradation import Degradation
+from ksr_distill.levels import from_levels, to_levels
 
 SUFFIXES = (".png", ".webp", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 HIRES_ENDING, LOWRES_ENDING = "_HR", "_LR"
@@ -125,7 +126,7 @@ def read_image(path: Path) -> Float[Tensor, "1 3 H W"]:
             pixels = np.asarray(picture.convert("RGB"))
     except (OSError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return from_levels(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])
 
 
 def write_image(image: Float[Tensor, "1 3 H W"], path: Path) -> None:
@@ -136,7 +137,7 @@ def write_image(image: Float[Tensor, "1 3 H W"], path: Path) -> None:
 
 def as_picture(image: Float[Tensor, "1 3 H W"]) -> PIL.Image.Image:
     """Return [-1, 1] as an 8-bit PIL image."""
-    pixels = ((image[0].clamp(-1, 1) + 1) * 127.5).round().byte()
+    pixels = to_levels(image[0]).byte()
     return PIL.Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 

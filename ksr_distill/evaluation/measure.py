@@ -30,7 +30,7 @@ def measure(
     """Return every metric of a saved output against its original.
 
     Args:
-        image: As it would be saved, `metrics.as_saved`.
+        image: As it would be saved, `levels.round_to_8_bit`.
         seed: Of the sliced Wasserstein distance's places and directions.
     """
     smallest_px = min(hires.shape[-2:])

@@ -1,7 +1,8 @@
 """Measures of one image against its original, on batches and on the device of the tensors.
 
 Each returns one value per image and reads no tensor on the host, so the training monitors can call
-them. They measure what they are given: `as_saved` first, where a saved picture is meant.
+them. They measure what they are given: `levels.round_to_8_bit` first, where a saved picture is
+meant.
 """
 
 import math
@@ -22,11 +23,6 @@ CHECKERBOARD_PERIODS_PX = (2, 4, 8)
 # half-way to the next line of the period of 8.
 CHECKERBOARD_TILE_PX = 32
 _EULER_GAMMA = 0.5772156649
-
-
-def as_saved(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
-    """Return the images as an 8-bit file would keep them: clamped to [-1, 1], 256 values."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
 def luma(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 1 H W"]:

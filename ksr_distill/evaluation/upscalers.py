@@ -15,6 +15,7 @@ from ksr_distill.diffusion import sample_teacher, sample_teacher_ddim
 from ksr_distill.evaluation.benchmark_images import as_picture
 from ksr_distill.evaluation.model_folders import ModelFolder, Sampler, load_model_folder
 from ksr_distill.inference import KSRFlashPipeline
+from ksr_distill.levels import from_levels, to_levels
 from ksr_distill.models import KSRUNet
 from ksr_distill.types import Denoiser
 
@@ -123,7 +124,7 @@ class PillowUpscaler:
         pixels = torch.frombuffer(
             bytearray(picture.resize(size, self.method).tobytes()), dtype=torch.uint8
         )
-        hires = pixels.view(1, size[1], size[0], 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+        hires = from_levels(pixels.view(1, size[1], size[0], 3).permute(0, 3, 1, 2))
         return Upscaled(hires.to(lowres.device))
 
 
@@ -207,8 +208,8 @@ class StepRecorder:
         covers = pred_x_0.shape[-2] >= self.height and pred_x_0.shape[-1] >= self.width
         stride = -(-self.num_steps // MAX_KEPT_ESTIMATES)
         if pred_x_0.shape[0] == 1 and covers and (is_last or step % stride == 0):
-            cropped = pred_x_0[..., : self.height, : self.width].float().clamp(-1, 1)
-            self.estimates.append(Estimate(step + 1, ((cropped + 1) * 127.5).round().byte().cpu()))
+            cropped = pred_x_0[..., : self.height, : self.width].float()
+            self.estimates.append(Estimate(step + 1, to_levels(cropped).byte().cpu()))
 
     def watch(self, denoise: Denoiser) -> Denoiser:
         """Return the denoiser, seen by this recorder at every call."""

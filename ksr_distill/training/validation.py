@@ -17,6 +17,7 @@ from ksr_distill.evaluation.metrics import (
     psnr_y,
     top_octave_power_ratio,
 )
+from ksr_distill.levels import to_levels
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.types import Batch, Denoiser, NoiseSource
 
@@ -50,8 +51,8 @@ def validate_batch(
 ) -> None:
     """Log the metrics of every sampler; keep the first pictures for the previews.
 
-    The noise is a function of the picture's number alone, so that two validations differ by the
-    weights and by nothing else.
+    The noise is a function of the seed and the batch's number on its rank, so that two validations
+    of a run differ by the weights and by nothing else.
 
     Args:
         samplers: The first is what is judged: its metrics are called ``val/psnr_y`` and so on; the
@@ -95,7 +96,7 @@ def save_previews(previews: Sequence[Mapping[str, Tensor]], path: Path) -> None:
     rows = [torch.cat([_tile(image) for image in row.values()], dim=2) for row in previews]
     width = max(row.shape[2] for row in rows)
     padded = [torch.nn.functional.pad(row, (0, width - row.shape[2])) for row in rows]
-    sheet = torch.cat(padded, dim=1).permute(1, 2, 0).add(1).mul(127.5).round().byte()
+    sheet = to_levels(torch.cat(padded, dim=1).permute(1, 2, 0)).byte()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.png")
     Image.fromarray(sheet.cpu().numpy()).save(temporary)

@@ -10,7 +10,7 @@ from ksr_distill.evaluation.benchmark_images import (
     read_image,
     write_image,
 )
-from ksr_distill.evaluation.metrics import as_saved
+from ksr_distill.levels import round_to_8_bit
 from ksr_distill.randomness import generator_for
 from tests.evaluation.conftest import photo, write_pair
 
@@ -31,7 +31,7 @@ def test_pairs_are_found_by_their_endings(pairs):
 def test_a_file_survives_writing_and_reading(tmp_path):
     image = photo()
     write_image(image, tmp_path / "new" / "image.png")
-    torch.testing.assert_close(read_image(tmp_path / "new" / "image.png"), as_saved(image))
+    torch.testing.assert_close(read_image(tmp_path / "new" / "image.png"), round_to_8_bit(image))
 
 
 def test_two_folders_are_matched_by_name_with_or_without_the_scale(tmp_path):
