@@ -31,6 +31,21 @@ def replacing(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a small file whole, whatever dies: a reader finds the old content or the new one.
+
+    One writer at a time: the new content lies in ``NAME.tmp`` beside the file until it is whole.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(content)
+        flush_to_disk(temporary)
+        temporary.replace(path)
+        flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def flush_to_disk(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ksr_distill.durable import replacing
+from ksr_distill.durable import replace_file, replacing
 
 
 def content(folder):
@@ -58,3 +58,24 @@ def test_a_block_that_makes_nothing_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "a"):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_small_file_is_on_the_disk_before_its_name_changes(tmp_path, monkeypatch):
+    events = []
+    monkeypatch.setattr(os, "fsync", lambda n: events.append(Path(f"/proc/self/fd/{n}").readlink()))
+    replace_file(tmp_path / "a.json", b"old")
+    replace_file(tmp_path / "a.json", b"new")
+    assert events == 2 * [tmp_path / "a.json.tmp", tmp_path]
+    assert content(tmp_path) == {"a.json": "new"}
+
+
+def test_a_disk_without_room_leaves_the_small_file_as_it_was(tmp_path, monkeypatch):
+    replace_file(tmp_path / "a.json", b"old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        replace_file(tmp_path / "a.json", b"new")
+    assert content(tmp_path) == {"a.json": "old"}

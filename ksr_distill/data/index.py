@@ -23,7 +23,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ksr_distill.data.pictures import decode_stored
-from ksr_distill.durable import flush_to_disk
+from ksr_distill.durable import replace_file
 
 FORMAT = "ksr-shard-index-1"
 
@@ -163,17 +163,6 @@ def load_member(descriptor: int, member: Member) -> Image.Image:
     if image.size != (member.width, member.height):
         raise ValueError(f"is {image.width}×{image.height}, not as indexed")
     return image
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a kill leaves either the old one or the new one (fsync, then rename)."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    flush_to_disk(path.parent)
 
 
 def _parse_header(content: dict) -> ShardHeader:

@@ -8,7 +8,6 @@ others. A tar is written to ``.tmp``, synced, renamed; its index comes last.
 
 import hashlib
 import json
-import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -16,13 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ksr_distill.data.index import (
-    Member,
-    index_path,
-    read_index,
-    replace_file,
-    write_index,
-)
+from ksr_distill.data.index import Member, index_path, read_index, write_index
 from ksr_distill.data.processes import ordered_map
 from ksr_distill.data.secure_webdataset import webdataset
 from ksr_distill.data.sources import (
@@ -33,7 +26,7 @@ from ksr_distill.data.sources import (
     is_validation,
     pack_photo,
 )
-from ksr_distill.durable import flush_to_disk
+from ksr_distill.durable import flush_to_disk, replace_file
 
 SPLITS = ("train", "val")
 MANIFEST = "pack.json"
@@ -175,8 +168,7 @@ def _write_shard(shard: _Shard, photos: Iterable[PackedPhoto]) -> None:
                 writer.write({"__key__": picture.key, picture.suffix: picture.content})
                 details.append((picture.crc32, picture.width, picture.height))
         writer.close()
-        file.flush()
-        os.fsync(file.fileno())
+    flush_to_disk(temporary)
     with tarfile.open(temporary, "r:") as tar:
         members = [
             Member(entry.name, entry.offset_data, entry.size, *detail)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ksr_distill.durable import replace_file
 from ksr_distill.quickstart.processes import Usage
 
 
@@ -66,6 +67,5 @@ class Ledger:
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(entry) for entry in self.entries], indent=2) + "\n")
-        temporary.replace(self.path)
+        text = json.dumps([asdict(entry) for entry in self.entries], indent=2) + "\n"
+        replace_file(self.path, text.encode())
