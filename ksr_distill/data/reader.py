@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ksr_distill.data.index import Member, ShardIndex, load_member, read_index
 from ksr_distill.data.pictures import PICTURE_ERRORS, as_array
-from ksr_distill.data.plan import Crop, Place, SamplePlan, draw_crop
+from ksr_distill.data.plan import Place, SamplePlan, draw_crop
 
 MAX_SUBSTITUTES = 32
 """A position that meets this many unusable pictures in a row has met a lost disk."""
@@ -146,16 +146,14 @@ class ShardDataset(Dataset[HiresSample]):
 
     def _crop(self, place: Place, position: int) -> UInt8[Tensor, "3 H W"]:
         _, image = self.reader.picture(place.shard, place.member, min_side_px=self.crop_px)
-        crop = draw_crop(
+        return random_crop(
+            image,
             position,
             seed=self.plan.seed,
-            width=image.width,
-            height=image.height,
             crop_px=self.crop_px,
             flip_prob=self.flip_prob,
             transpose_prob=self.transpose_prob,
         )
-        return crop_square(image, crop, self.crop_px)
 
 
 class PictureDataset(Dataset[HiresSample]):
@@ -215,11 +213,25 @@ class PictureDataset(Dataset[HiresSample]):
         return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
 
 
-def crop_square(
-    image: Image.Image, crop: Crop, crop_px: int
+def random_crop(
+    image: Image.Image,
+    position: int,
+    *,
+    seed: int,
+    crop_px: int,
+    flip_prob: float | int,
+    transpose_prob: float | int,
 ) -> UInt8[Tensor, "3 {crop_px} {crop_px}"]:
-    """Return a window of a picture, channels first, transposed and mirrored as drawn."""
-    top, left, is_flipped, is_transposed = crop
+    """Return the square of a picture that a position sees, channels first: see ``draw_crop``."""
+    top, left, is_flipped, is_transposed = draw_crop(
+        position,
+        seed=seed,
+        width=image.width,
+        height=image.height,
+        crop_px=crop_px,
+        flip_prob=flip_prob,
+        transpose_prob=transpose_prob,
+    )
     window = as_array(image.crop((left, top, left + crop_px, top + crop_px)))
     window = window.transpose(1, 0, 2) if is_transposed else window
     window = window[:, ::-1] if is_flipped else window

@@ -21,8 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ksr_distill.data.patterns import REMEDY, expand_shards, refuse_pipe
 from ksr_distill.data.pictures import PICTURE_ERRORS, decode_stored
-from ksr_distill.data.plan import draw_crop
-from ksr_distill.data.reader import MAX_SUBSTITUTES, HiresSample, crop_square
+from ksr_distill.data.reader import MAX_SUBSTITUTES, HiresSample, random_crop
 from ksr_distill.data.secure_webdataset import webdataset
 
 REMOTE_SCHEMES = ("http", "https", "gs", "hf", "ais", "sftp", "ftps", "scp")
@@ -86,20 +85,18 @@ class StreamDataset(IterableDataset[HiresSample]):
         image = decode_stored(content)
         if min(image.size) < self.crop_px:
             raise ValueError(f"{image.width}×{image.height} is smaller than {self.crop_px} px")
-        crop = draw_crop(
+        return random_crop(
+            image,
             number,
             seed=seed,
-            width=image.width,
-            height=image.height,
             crop_px=self.crop_px,
             flip_prob=self.flip_prob,
             transpose_prob=self.transpose_prob,
         )
-        return crop_square(image, crop, self.crop_px)
 
 
 class _Trouble:
-    """What went wrong since the last good sample; ends the stream when nothing else happens."""
+    """What went wrong since the last good sample; ends the stream when it never stops."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
@@ -109,8 +106,8 @@ class _Trouble:
         self.reasons.append(reason)
         if len(self.reasons) > MAX_SUBSTITUTES:
             raise ValueError(
-                f"data.shards: {len(self.reasons)} troubles and no usable picture between; "
-                f"the last: {reason}"
+                f"data.shards: {len(self.reasons)} failures in a row and no usable picture between "
+                f"them; the last: {reason}; look at the shards, or give others"
             )
 
     def handle(self, error: Exception) -> bool:

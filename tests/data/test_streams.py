@@ -137,7 +137,7 @@ def test_damage_is_passed_over_and_named(shards, tmp_path):
 
 def test_a_stream_that_gives_nothing_stops_with_a_message(tmp_path):
     empty = write_tar(tmp_path / "a.tar", **{"a.txt": b"text"})
-    with pytest.raises(ValueError, match=r"no usable picture between; the last: .*a.tar"):
+    with pytest.raises(ValueError, match=r"no usable picture between them; the last: .*a.tar"):
         take(make_stream([empty]), 1)
     small = write_tar(tmp_path / "b.tar", **{"a.png": picture()})
     with pytest.raises(ValueError, match="48×40 is smaller than 64 px"):
