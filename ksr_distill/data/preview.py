@@ -16,9 +16,10 @@ from ksr_distill.levels import from_levels, to_levels
 from ksr_distill.randomness import Stream, generator_for
 
 GAP_PX = 8
-# As in conf/data/shards.yaml: with these, the sheet shows a training's first crops.
+# As in conf/data, which an installed package lacks: with these, the sheet shows a training's first
+# crops.
 WINDOW_SHARDS = 16
-FLIP_PROB = 0.5
+FLIP_PROB, TRANSPOSE_PROB = 0.5, 0.0
 
 
 def make_contact_sheet(
@@ -44,7 +45,9 @@ def make_contact_sheet(
     check_sides(shards, headers, crop_px, key="--crop-px")
     counts = [header.num_members for header in headers]
     plan = SamplePlan(counts, seed=seed, window_shards=WINDOW_SHARDS)
-    dataset = ShardDataset(shards, plan, crop_px=crop_px, flip_prob=FLIP_PROB, transpose_prob=0)
+    dataset = ShardDataset(
+        shards, plan, crop_px=crop_px, flip_prob=FLIP_PROB, transpose_prob=TRANSPOSE_PROB
+    )
     pairs = []
     for position in range(min(num_pairs, plan.epoch_size)):
         hires_uint8 = dataset[position].hires_uint8

@@ -1,12 +1,15 @@
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from ksr_distill.cli import app
+from ksr_distill.data import preview
 from ksr_distill.data.checking import check_shards
 from ksr_distill.data.index import index_path, read_index
 from tests.data.conftest import NUM_PHOTOS, noise, pack
@@ -100,6 +103,15 @@ def test_the_preview_shows_pairs_of_lowres_and_hires(shards, tmp_path):
     lowres, hires = pixels[8:40, 8:40], pixels[8:40, 40:72]
     assert np.array_equal(lowres[::2, ::2], lowres[1::2, 1::2])
     assert not np.array_equal(hires[::2, ::2], hires[1::2, 1::2])
+
+
+def test_the_preview_draws_crops_as_conf_does():
+    def conf(name):
+        return yaml.safe_load(Path(f"conf/data/{name}.yaml").read_text())
+
+    assert conf("shards")["window_shards"] == preview.WINDOW_SHARDS
+    assert conf("_common")["flip_prob"] == preview.FLIP_PROB
+    assert conf("_common")["transpose_prob"] == preview.TRANSPOSE_PROB
 
 
 def test_the_preview_takes_a_degradation_of_conf(shards, tmp_path):
