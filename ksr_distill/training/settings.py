@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 Penalty = Literal["r1_head", "wgan_gp_head", "ar1", "none"]
 
@@ -142,8 +142,9 @@ class CriticTerms:
     def __post_init__(self) -> None:
         """Check types and ranges."""
         check_types(self, "loss.critic")
-        kinds = ("r1_head", "wgan_gp_head", "ar1", "none")
-        require(self.penalty in kinds, "loss.critic.penalty", self.penalty, "one of " + str(kinds))
+        kinds = get_args(Penalty)
+        allowed = " or ".join(kinds)
+        require(self.penalty in kinds, "loss.critic.penalty", self.penalty, allowed)
         weight = self.penalty_weight
         require(weight >= 0, "loss.critic.penalty_weight", weight, "≥ 0")
         require(self.ar1_sigma > 0, "loss.critic.ar1_sigma", self.ar1_sigma, "> 0")

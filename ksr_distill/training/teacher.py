@@ -69,7 +69,8 @@ class TeacherModule(UpdateModule):
         """Return the distance of pred_x_0 to x_0 at random timesteps."""
         x_0, lowres = batch
         shape, device = x_0.shape, x_0.device
-        t = torch.randint(1000, shape[:1], generator=generator, device=device)
+        num_timesteps = self.schedule.num_train_timesteps
+        t = torch.randint(num_timesteps, shape[:1], generator=generator, device=device)
         eps = torch.randn(shape, generator=generator, device=device)
         pred_x_0 = self.wrapped("teacher")(self.schedule.add_noise(x_0, eps, t), t, lowres)
         distance = F.mse_loss if self.distance == "l2" else F.l1_loss
