@@ -1,4 +1,7 @@
+import re
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -50,6 +53,20 @@ def test_torchvision_beside_a_torch_that_it_was_not_built_for_is_named_with_the_
 def test_a_missing_extra_is_no_fault_but_a_missing_base_package_is():
     assert not room.examine_package("no-such-package", "nothing", extra="train").is_broken
     assert room.examine_package("no-such-package", "nothing", extra=None).is_broken
+
+
+def test_the_packages_of_pyproject_are_those_that_are_looked_at():
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+
+    def names(requirements):
+        return {re.split(r"[\[<>=]", requirement)[0] for requirement in requirements}
+
+    always_here = {"typer", "rich"}  # or ksr would not start
+    base = {*room.BASE_PACKAGES, "pyvips"}
+    assert names(project["dependencies"]) - always_here == base
+    looked_at = {name for packages in room.EXTRA_PACKAGES.values() for name in packages}
+    extras = [names(project["optional-dependencies"][extra]) for extra in room.EXTRA_PACKAGES]
+    assert set().union(*extras) == looked_at
 
 
 @pytest.mark.parametrize(("version", "is_broken"), [((3, 10), True), ((3, 13), False)])

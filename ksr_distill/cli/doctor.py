@@ -20,6 +20,8 @@ BASE_PACKAGES = {
     "safetensors": "safetensors",
     "numpy": "numpy",
     "pillow": "PIL",
+    "psutil": "psutil",
+    "jinja2": "jinja2",
     "jaxtyping": "jaxtyping",
 }
 EXTRA_PACKAGES = {
@@ -30,6 +32,7 @@ EXTRA_PACKAGES = {
         "webdataset": "webdataset",
         "torchmetrics": "torchmetrics",
         "kornia": "kornia",
+        "matplotlib": "matplotlib",
     },
     "study": {"starlette": "starlette", "uvicorn": "uvicorn"},
     "slurm": {"hydra-submitit-launcher": "hydra_plugins.hydra_submitit_launcher"},
