@@ -107,7 +107,7 @@ class SamplePlan:
 
 
 class UpdateSampler(Sampler[list[int]]):
-    """The positions of one rank, one list an update, for updates [start_update, num_updates).
+    """The positions of one rank, a list for each update in [start_update, num_updates).
 
     Args:
         batch_size: Of the global batch; a multiple of world_size.

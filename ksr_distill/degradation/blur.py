@@ -76,7 +76,7 @@ def filter_where(
 def draw_kernels(
     size: int, blur: Blur, *, device: torch.device, generator: torch.Generator
 ) -> Float[Tensor, "b k k"]:
-    """Return one kernel a sample; each sums to one."""
+    """Return one kernel for each sample; each sums to one."""
     half_px = _draw_half_px(size, device=device, generator=generator)
     is_sinc = bernoulli(size, blur.sinc_prob, device=device, generator=generator)
     # The cutoff of small kernels stays above pi/3: a lower one needs more than 13 px to ring.

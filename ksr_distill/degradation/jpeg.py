@@ -118,7 +118,7 @@ def check_quality(quality_min: int, quality_max: int) -> None:
     """
     if not 1 <= quality_min <= quality_max <= 100:
         raise ValueError(
-            f"degradation: JPEG quality {quality_min} to {quality_max} is no range within "
+            f"degradation: JPEG quality {quality_min} to {quality_max} is not a range within "
             "1 to 100; use for example 30 to 95"
         )
 

@@ -95,7 +95,7 @@ class RefinerUNet(Kandinsky3UNet):
         if len(counts) != self.num_levels:
             raise ValueError(
                 f"layers_per_block={counts} has {len(counts)} levels and block_out_channels "
-                f"{self.num_levels}; give both one entry a level"
+                f"{self.num_levels}; give both one entry for each level"
             )
         widths = [config.block_out_channels[0] // 2, *config.block_out_channels]
         deepest = self.num_levels - 1

@@ -155,7 +155,7 @@ def _describe(kind: str | None, content: Mapping[str, Any]) -> str:
     if kind is not None:
         return f"looks like {_DESCRIPTIONS[kind]}"
     names = ", ".join(list(content)[:3]) or "nothing"
-    return f"is no released model that is known here: it holds {len(content)} entries ({names}, …)"
+    return f"is none of the released models: it holds {len(content)} entries ({names}, …)"
 
 
 def _is_safetensors(head: bytes) -> bool:

@@ -188,13 +188,13 @@ def check_unet_config(
     """Refuse a layout that cannot be built, by its config key."""
     if upsampling not in get_args(Upsampling):
         raise ValueError(
-            f"model.upsampling={upsampling!r} is no way to double the size; "
+            f"model.upsampling={upsampling!r} is not allowed; "
             f"use {' or '.join(get_args(Upsampling))}"
         )
     if len(widths) - 1 != len(num_blocks):
         raise ValueError(
             f"model.num_blocks has {len(num_blocks)} levels and model.channel_multipliers "
-            f"{len(widths) - 1}; give both one entry a level"
+            f"{len(widths) - 1}; give both one entry for each level"
         )
     if min(num_blocks) < 1:
         raise ValueError(f"model.num_blocks={list(num_blocks)} has a level without blocks; use ≥ 1")

@@ -1,6 +1,6 @@
 """The statistics of votes: all resample prompts, because votes on one pair are not independent.
 
-A table of counts has one row a prompt and the columns of ``OUTCOMES``.
+A table of counts has one row for each prompt and the columns of ``OUTCOMES``.
 """
 
 import math

@@ -94,7 +94,7 @@ def row_of_run(folder: Path) -> dict[str, str]:
 
 
 def write_summary(folder: Path) -> Path:
-    """Write ``summary.md``, one line a run, and return its path."""
+    """Write ``summary.md``, one line for each run, and return its path."""
     rows = [row_of_run(path) for path in run_folders(folder)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]

@@ -92,7 +92,7 @@ def picture_metrics(
 
 
 def save_previews(previews: Sequence[Mapping[str, Tensor]], path: Path) -> None:
-    """Write a sheet: a row a picture, lowres | what was sampled | hires, centre crops."""
+    """Write a sheet with a row for each picture: lowres | samples | hires, centre crops."""
     rows = [torch.cat([_tile(image) for image in row.values()], dim=2) for row in previews]
     width = max(row.shape[2] for row in rows)
     padded = [torch.nn.functional.pad(row, (0, width - row.shape[2])) for row in rows]
