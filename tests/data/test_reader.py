@@ -110,7 +110,7 @@ def test_with_no_usable_picture_left_it_stops_and_names_one(shards, tmp_path):
         dataset[0]
 
 
-def test_a_picture_smaller_than_the_crop_is_replaced(shards):
+def test_a_picture_serves_crops_of_its_size_and_none_larger(shards):
     dataset = make_dataset(shards, crop_px=40)
     assert all(not dataset[p].replaced for p in range(NUM_PHOTOS))
     with pytest.raises(UnusableMemberError, match="is smaller than 41 px"):

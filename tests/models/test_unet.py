@@ -78,15 +78,19 @@ def test_half_precision_keeps_the_time_embedding_within_one_percent():
     assert (half.float() - exact).norm() / exact.norm() < 0.03
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    gradients = []
+def test_gradient_checkpointing_computes_twice_and_changes_no_gradient():
+    gradients, runs_of_a_block = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         unet = KSRUNet(**TINY)
+        unet.down_levels[0][0].register_forward_hook(
+            lambda *_, way=checkpointing: runs_of_a_block.append(way)
+        )
         if checkpointing:
             unet.enable_gradient_checkpointing()
         unet(*inputs()).square().mean().backward()
         gradients.append([p.grad for p in unet.parameters()])
+    assert runs_of_a_block == [False, True, True]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
