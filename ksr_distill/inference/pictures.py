@@ -2,6 +2,7 @@
 
 import math
 import struct
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,6 +128,7 @@ def upright(path: Path) -> pyvips.Image:
 def _decoded(path: Path, max_megapixels: float) -> pyvips.Image:
     """Return the file's image, from Pillow where libvips does not know the format (BMP, PPM, …)."""
     if pyvips.base.vips_lib.vips_foreign_find_load(str(path).encode()) == pyvips.ffi.NULL:
+        pyvips.vips_lib.vips_error_clear()  # else the next file's error begins with this one's
         return _decoded_by_pillow(path, max_megapixels)
     image = pyvips.Image.new_from_file(str(path), access="random", fail_on="error")
     _check_size(path, image.width, image.height, max_megapixels)
@@ -135,8 +137,12 @@ def _decoded(path: Path, max_megapixels: float) -> pyvips.Image:
 
 def _decoded_by_pillow(path: Path, max_megapixels: float) -> pyvips.Image:
     try:
-        with _without_pillows_limit(), PIL.Image.open(path) as image:
+        # Pillow warns of what is damaged, and then fails: one line is enough.
+        silent = warnings.catch_warnings(action="ignore")
+        with silent, _without_pillows_limit(), PIL.Image.open(path) as image:
             _check_size(path, *image.size, max_megapixels)
+            if image.mode in ("I", "F"):
+                return _of_wide_samples(np.asarray(image))
             if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
                 image = image.convert("RGBA" if image.has_transparency_data else "RGB")  # noqa: PLW2901
             return pyvips.Image.new_from_array(np.asarray(image))
@@ -144,6 +150,15 @@ def _decoded_by_pillow(path: Path, max_megapixels: float) -> pyvips.Image:
         raise ValueError(f"{path} cannot be read as a picture: unknown format") from error
     except (SyntaxError, OSError, struct.error) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def _of_wide_samples(samples: np.ndarray) -> pyvips.Image:
+    """Return samples of 32 bits as 16 where they are whole and fit: so Pillow reads a 16-bit PGM.
+
+    Others are left as they are, to be refused by ``_plain``; ``convert`` would clip them to white.
+    """
+    fits = samples.dtype.kind == "i" and samples.min() >= 0 and samples.max() < 2**16
+    return pyvips.Image.new_from_array(samples.astype(np.uint16) if fits else samples)
 
 
 @contextmanager
@@ -164,7 +179,7 @@ def in_one_line(error: pyvips.Error) -> str:
 
 def _check_size(path: Path, width: int, height: int, max_megapixels: float) -> None:
     megapixels = width * height / 1e6
-    if megapixels > max_megapixels:
+    if not megapixels <= max_megapixels:  # nor is "not a number" a limit
         raise ValueError(
             f"{path} has {width}×{height} = {megapixels:.0f} megapixels, more than "
             f"{max_megapixels:g}; if that is meant, use --max-megapixels {math.ceil(megapixels)}"

@@ -77,6 +77,30 @@ def test_sixteen_bits_stay_sixteen(tmp_path, bands, suffix):
     np.testing.assert_array_equal(written.reshape(values.shape), values)
 
 
+def test_a_16_bit_pgm_is_not_clipped_to_white_and_larger_numbers_are_refused(tmp_path):
+    grey = RGB[..., 0].astype(np.uint16) * 257
+    PIL.Image.fromarray(grey).save(tmp_path / "in.pgm")
+    picture = doubled(tmp_path / "in.pgm", tmp_path / "out.png")
+    assert (picture.bits, picture.is_grey) == (16, True)
+    np.testing.assert_allclose((whole(picture.colour)[0] + 1) / 2, grey / 65535, atol=1e-6)
+    PIL.Image.fromarray(grey.astype(np.float32)).save(tmp_path / "in.pfm")
+    with pytest.raises(ValueError, match="1 × float samples a pixel"):
+        open_picture(tmp_path / "in.pfm")
+
+
+def test_one_broken_file_leaves_nothing_in_the_error_of_the_next(tmp_path, recwarn):
+    PIL.Image.fromarray(RGB).save(tmp_path / "a.tif")
+    PIL.Image.fromarray(RGB).save(tmp_path / "b.jpg")
+    for name in ("a.tif", "b.jpg"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"a\.tif cannot be read as a picture"):
+        open_picture(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"b\.jpg cannot be read as a picture") as error:
+        open_picture(tmp_path / "b.jpg")
+    assert "a.tif" not in str(error.value)
+    assert list(recwarn) == []
+
+
 def test_an_opaque_picture_is_returned_to_the_bit(tmp_path):
     PIL.Image.fromarray(RGB).save(tmp_path / "in.png")
     picture = open_picture(tmp_path / "in.png")
