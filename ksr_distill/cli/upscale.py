@@ -36,17 +36,17 @@ def upscale(
     ] = None,
     scale: Annotated[float, typer.Option("-s", "--scale", help="Any number ≥ 1.")] = 2.0,
     steps: Annotated[
-        int | None, typer.Option(help="Sampling steps. Default: the model's own.")
+        int | None, typer.Option(min=1, help="Sampling steps. Default: the model's own.")
     ] = None,
     refine_steps: Annotated[int, typer.Option(help="Refiner steps after each pass: 0, 1, 2.")] = 0,
     match_colours: Annotated[
         bool, typer.Option("--match-colours", help="Keep coarse colours through the refiner.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same pixels.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same pixels.")] = 0,
     tile: Annotated[
-        int | None, typer.Option(help="Largest side of a tile, px. Default: what fits.")
+        int | None, typer.Option(min=1, help="Largest side of a tile, px. Default: what fits.")
     ] = None,
-    overlap: Annotated[int | None, typer.Option(help="Blended px between tiles.")] = None,
+    overlap: Annotated[int | None, typer.Option(min=0, help="Blended px between tiles.")] = None,
     tile_batch: Annotated[int, typer.Option(min=1, help="Tiles at once.")] = 1,
     format_name: Annotated[
         str | None, typer.Option("--format", help="png, jpg, webp, tif or dz (DeepZoom).")
@@ -75,13 +75,13 @@ def upscale(
     from ksr_distill.inference.compare import write_comparison
     from ksr_distill.inference.cpu import keep_freed_memory
     from ksr_distill.inference.estimate import measure_speed
-    from ksr_distill.inference.jobs import Shard, parse_shard, plan_jobs
+    from ksr_distill.inference.jobs import Shard, default_out, parse_shard, plan_jobs
     from ksr_distill.inference.loading import load_pipeline, pick_device
     from ksr_distill.inference.upscale import Settings, Upscaler
 
     if bits not in (None, 8, 16):
         raise ValueError(f"--bits {bits} is not one of 8, 16")
-    out = out or source.with_name(f"{source.stem}_x{scale:g}{source.suffix}")
+    out = out or default_out(source, scale, name=format_name)
     folder = default_student(scale) if model is None else find_model(model)
     part = parse_shard(shard)
     jobs = plan_jobs(source, out, name=format_name)
@@ -108,6 +108,7 @@ def upscale(
         measure=measure_speed,
         is_dry_run=dry_run,
     )
+    upscaler.check()
     # A GPU leaves the host time to read the next picture and write the last one.
     at_once = 2 if fast and part.count == 1 else 1
     done = _run_all(upscaler, jobs, num_skipped=len(skipped), at_once=at_once)

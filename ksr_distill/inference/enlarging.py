@@ -1,6 +1,5 @@
 """What the student's pipeline and the teacher's share: a picture through passes to any scale."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -18,6 +17,9 @@ from ksr_distill.models.alignment import align_weights
 from ksr_distill.types import StepObserver
 
 StepCallback = Callable[[DiffusionPipeline, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
+
+MAX_SIDE_PX = 2**31 - 1
+"""What PNG and libvips can count."""
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 
@@ -88,9 +90,11 @@ class EnlargingPipeline(DiffusionPipeline):
         self.register_to_config(scale=scale, **settings)
 
     def check_scale(self, scale: float | int | None) -> None:
-        """Refuse what is no enlargement."""
-        if scale is not None and not (scale >= 1 and math.isfinite(scale)):
-            raise ValueError(f"scale={scale} is no enlargement; use any number ≥ 1")
+        """Refuse what is no enlargement, or of which no file could hold the result."""
+        if scale is not None and not 1 <= scale <= MAX_SIDE_PX:
+            raise ValueError(
+                f"scale={scale} is no enlargement; use any number from 1 to {MAX_SIDE_PX}"
+            )
 
     def _enlarge_all(
         self,

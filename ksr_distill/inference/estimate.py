@@ -138,6 +138,8 @@ def _seconds_per_px(tile_pass: TilePass) -> float:
 def check_disk(folder: Path, needed: int) -> None:
     """Refuse a job that would fill the disk, with the numbers."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise OSError(f"{existing} is no folder; use another -o")
     free = shutil.disk_usage(existing).free
     if needed + SPARED_DISK_BYTES > free:
         raise OSError(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ksr_distill.inference.pictures import SUFFIXES
-from ksr_distill.inference.writing import FORMATS, format_of
+from ksr_distill.inference.writing import FORMATS, format_of, is_written
 
 
 class Job(NamedTuple):
@@ -35,6 +35,20 @@ def parse_shard(text: str) -> Shard:
     return Shard(int(index), int(count))
 
 
+def default_out(source: Path, scale: float | int, *, name: str | None) -> Path:
+    """Return photo_x2.jpg for photo.jpg, .png where its own format is not written; or photos_x2.
+
+    Args:
+        name: The format that was asked for, if any.
+    """
+    place = source.resolve() if source.name in ("", "..") else source
+    if source.is_dir():
+        return place.with_name(f"{place.name}_x{scale:g}")
+    own = source.suffix if is_written(source) else ".png"
+    suffix = FORMATS[name].suffixes[0] if name in FORMATS else own
+    return source.with_name(f"{source.stem}_x{scale:g}{suffix}")
+
+
 def plan_jobs(source: Path, out: Path, *, name: str | None) -> list[Job]:
     """Return the pictures of a file or folder and their targets; a folder's tree is kept.
 
@@ -43,7 +57,8 @@ def plan_jobs(source: Path, out: Path, *, name: str | None) -> list[Job]:
         name: The format; by default the target's, else the source's own, else PNG.
 
     Raises:
-        ValueError: If there is no picture, or if one would be overwritten.
+        ValueError: If there is no picture, or if one would be overwritten, by its own enlargement
+            or by another's.
         OSError: If the source does not exist.
     """
     if name is not None and name not in FORMATS:
@@ -94,14 +109,24 @@ def _job(source: Path, like: Path, name: str | None, *, keep_suffix: bool = Fals
 
 
 def _with_distinct_targets(jobs: list[Job]) -> list[Job]:
-    """Return the jobs; where a.bmp and a.ppm would both be a.png, one is a.bmp.png instead."""
+    """Return the jobs; where a.bmp and a.ppm would both be a.png, they are a.bmp.png and a.ppm.png.
+
+    An a.png beside them keeps its name.
+    """
     counts = Counter(job.target for job in jobs)
-    return [
+    jobs = [
         job
-        if counts[job.target] == 1
+        if counts[job.target] == 1 or job.target.name == job.source.name
         else job._replace(target=job.target.with_name(job.source.name + job.target.suffix))
         for job in jobs
     ]
+    first: dict[Path, Path] = {}
+    for job in jobs:
+        if first.setdefault(job.target, job.source) != job.source:
+            raise ValueError(
+                f"{first[job.target]} and {job.source} would both become {job.target}; rename one"
+            )
+    return jobs
 
 
 def _refuse_overwriting(jobs: list[Job]) -> None:

@@ -44,7 +44,8 @@ def pick_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"--device {name} is not usable here: {str(error).splitlines()[0]}"
+            f"--device {name} is not usable here ({str(error).splitlines()[0].split('. ')[0]}); "
+            "use cpu, or leave it out"
         ) from error
     return device
 

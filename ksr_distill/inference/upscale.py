@@ -13,12 +13,17 @@ from ksr_distill.inference.enlarging import draw_seeds, resized
 from ksr_distill.inference.estimate import Estimate, check_disk, estimate_job
 from ksr_distill.inference.jobs import Job, Shard
 from ksr_distill.inference.memory import largest_fitting_tile
-from ksr_distill.inference.passes import TilePass, Tiling, run_passes, wait_until_whole
+from ksr_distill.inference.passes import TilePass, Tiling, plan_passes, run_passes, wait_until_whole
 from ksr_distill.inference.pictures import DEFAULT_MAX_MEGAPIXELS, Picture, open_picture
 from ksr_distill.inference.pipeline import KSRFlashPipeline
 from ksr_distill.inference.teacher import KSRTeacherPipeline
 from ksr_distill.inference.tiles import BlendedRaster
-from ksr_distill.inference.workspace import Workspace, file_fingerprint, weights_fingerprint
+from ksr_distill.inference.workspace import (
+    Workspace,
+    file_fingerprint,
+    used_bytes,
+    weights_fingerprint,
+)
 from ksr_distill.inference.writing import FORMATS, check_target, write_picture
 
 
@@ -89,19 +94,19 @@ class Upscaler:
         passes = self._passes()
         tiling = self._tiling(passes)
         bits = self._bits(picture, job.name)
-        estimate = self._estimate(picture, passes, tiling, job.name, bits)
-        progress.planned(job, picture, estimate)
-        height, width = estimate.height, estimate.width
+        height, width = (round(side * settings.scale) for side in (picture.height, picture.width))
         has_alpha = picture.alpha is not None
         check_target(job.name, height=height, width=width, bits=bits, has_alpha=has_alpha)
+        estimate = self._estimate(picture, passes, tiling, job.name, bits)
+        progress.planned(job, picture, estimate)
         if self.is_dry_run:
             return
         check_replaceable(job.target)
+        needed = estimate.file_bytes + estimate.workspace_bytes
+        check_disk(job.target.parent, needed - used_bytes(job.target))
         job.target.parent.mkdir(parents=True, exist_ok=True)
         streamed = estimate.workspace_bytes > 0 or self.shard.count > 1
         workspace = self._open_workspace(job, tiling) if streamed else None
-        needed = estimate.file_bytes + estimate.workspace_bytes
-        check_disk(job.target.parent, needed - (workspace.used_bytes() if workspace else 0))
         options = {"open_store": workspace.open_store} if workspace else {}
         index, count = self.shard
         with self.turn:
@@ -121,6 +126,11 @@ class Upscaler:
         write_picture(result, picture, job.target, name=job.name, bits=bits)
         if workspace:
             workspace.remove()
+
+    def check(self) -> None:
+        """Refuse settings with which no picture can be enlarged, before the first is opened."""
+        passes = self._passes()
+        plan_passes(1, 1, passes, self._tiling(passes))
 
     def _passes(self) -> list[TilePass]:
         settings = self.settings
@@ -144,7 +154,9 @@ class Upscaler:
     def _tiling(self, passes: list[TilePass]) -> Tiling:
         settings = self.settings
         device = self.pipeline._execution_device
-        tile_px = settings.tile_px or largest_fitting_tile(passes[0], device)
+        tile_px = settings.tile_px
+        if tile_px is None:
+            tile_px = largest_fitting_tile(passes[0], device)
         return Tiling(tile_px, settings.overlap_px, settings.tile_batch_size)
 
     def _bits(self, picture: Picture, name: str) -> int:

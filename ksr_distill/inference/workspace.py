@@ -140,7 +140,7 @@ class Workspace:
             ValueError: If processes that share the job find another's tiles; which of them should
                 remove these, and when, cannot be known here.
         """
-        folder = target.with_name(f".{target.name}.ksr-work")
+        folder = workspace_folder(target)
         manifest, wanted = folder / "job.json", json.dumps(job, indent=1, sort_keys=True)
         if manifest.exists() and manifest.read_text() != wanted:
             stranger = f"{folder} is from another job (other settings, picture or model)"
@@ -161,13 +161,19 @@ class Workspace:
         path = self.folder / f"pass{tile_pass.stage}-{tiling}.tiles"
         return TileFile(path, plan, tile_pass.dtype, worker=self.worker)
 
-    def used_bytes(self) -> int:
-        """Return what the tiles take on disk already."""
-        return sum(path.stat().st_blocks * 512 for path in self.folder.glob("*.tiles"))
-
     def remove(self) -> None:
         """Delete it, once the picture is written."""
         shutil.rmtree(self.folder)
+
+
+def workspace_folder(target: Path) -> Path:
+    """Return where the tiles of a target lie while it is made."""
+    return target.with_name(f".{target.name}.ksr-work")
+
+
+def used_bytes(target: Path) -> int:
+    """Return what a target's tiles take on disk already."""
+    return sum(path.stat().st_blocks * 512 for path in workspace_folder(target).glob("*.tiles"))
 
 
 def tile_bytes(plan: TilePlan, dtype: torch.dtype) -> int:

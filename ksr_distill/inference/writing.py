@@ -61,6 +61,11 @@ FORMATS = {
 }  # fmt: skip
 
 
+def is_written(path: Path) -> bool:
+    """Tell whether a path's suffix is that of a format of ours."""
+    return bool(path.suffix) and any(path.suffix.lower() in f.suffixes for f in FORMATS.values())
+
+
 def format_of(path: Path) -> str:
     """Return a path's format by its suffix."""
     for name, fmt in FORMATS.items():
@@ -74,9 +79,10 @@ def check_target(name: str, *, height: int, width: int, bits: int, has_alpha: bo
     """Refuse what a format cannot hold, with the number that it can."""
     fmt = FORMATS[name]
     if max(height, width) > fmt.max_side_px:
+        remedy = "a smaller --scale" if name in ("tif", "png", "dz") else "--format tif, png or dz"
         raise ValueError(
             f"--format {name} holds {fmt.max_side_px} px a side, but the output is "
-            f"{width}×{height}; use --format tif, png or dz"
+            f"{width}×{height}; use {remedy}"
         )
     if bits == 16 and not fmt.has_16_bits:
         raise ValueError(f"--bits 16 does not fit --format {name}; use png or tif, or --bits 8")

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from ksr_distill.cli import app
 from ksr_distill.cli.upscale import _run_all
 from ksr_distill.inference import KSRTeacherPipeline, estimate, upscale, workspace
-from ksr_distill.inference.jobs import Shard, plan_jobs
+from ksr_distill.inference.jobs import Shard, default_out, plan_jobs
 from ksr_distill.inference.loading import load_pipeline
 from ksr_distill.inference.tiles import plan_tiles
 from tests.inference.test_pictures import broken_files
@@ -153,6 +153,9 @@ def test_a_broken_file_is_one_line_and_leaves_nothing(ksr, tmp_path, name):
     ("arguments", "message"),
     [
         (("--scale", "0.5"), "scale=0.5 is no enlargement"),
+        (("--scale", "1e300"), "scale=1e+300 is no enlargement"),
+        (("--scale", "1e9"), "holds 2147483647 px a side, but the output is 28000000000×"),
+        (("--max-megapixels", "nan"), "megapixels, more than nan"),
         (("--refine-steps", "1"), "needs a refiner, movq and context"),
         (("--bits", "12"), "--bits 12 is not one of 8, 16"),
         (("--format", "xcf"), "--format xcf is not one of png, jpg"),
@@ -169,6 +172,54 @@ def test_a_wrong_option_is_one_line_with_its_value(ksr, photo, tmp_path, argumen
     assert len(result.stderr.splitlines()) == 1
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--tile", "0"), ("--steps", "0"), ("--overlap", "-1"), ("--seed", "1" + "0" * 19)],
+)
+def test_a_number_outside_its_range_is_not_taken_for_the_default(ksr, photo, tmp_path, arguments):
+    result = ksr(photo, "-o", tmp_path / "out" / "big.png", *arguments)
+    assert result.exit_code == 2
+    assert f"Invalid value for '{arguments[0]}'" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_option_is_said_once_and_not_for_each_picture(ksr, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "b.png"):
+        PIL.Image.fromarray(RGB).save(tmp_path / "in" / name)
+    result = ksr(tmp_path / "in", "-o", tmp_path / "out", "--tile", 64, "--overlap", 40)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        "error: overlap=40 is outside 0…16, a quarter of the tile; use 8"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "expected"),
+    [
+        ("photo.jpg", None, "photo_x1.5.jpg"),
+        ("photo.GIF", None, "photo_x1.5.png"),
+        ("photo", None, "photo_x1.5.png"),
+        ("photo.jpg", "tif", "photo_x1.5.tif"),
+        ("v1.0", None, "v1.0_x1.5"),
+        ("v1.0/deep/..", None, "v1.0_x1.5"),
+    ],
+)
+def test_without_a_target_there_is_a_name_that_can_be_written(tmp_path, source, name, expected):
+    (tmp_path / "v1.0" / "deep").mkdir(parents=True)
+    assert default_out(tmp_path / source, 1.5, name=name) == tmp_path / expected
+
+
+def test_no_picture_of_a_folder_takes_the_place_of_another(tmp_path):
+    for name in ("a.png", "a.bmp", "a.ppm"):
+        PIL.Image.fromarray(RGB).save(tmp_path / name)
+    jobs = plan_jobs(tmp_path, tmp_path / "out", name=None)
+    assert [job.target.name for job in jobs] == ["a.bmp.png", "a.png", "a.ppm.png"]
+    PIL.Image.fromarray(RGB).save(tmp_path / "a.bmp.png")
+    with pytest.raises(ValueError, match=r"a\.bmp and .*a\.bmp\.png would both become .*; rename"):
+        plan_jobs(tmp_path, tmp_path / "out", name=None)
 
 
 def test_a_folder_without_pictures_is_an_error(ksr, tmp_path):
@@ -194,11 +245,15 @@ def test_a_target_that_cannot_be_written_is_one_line(ksr, photo, tmp_path):
     (tmp_path / "file").write_text("in the way")
     result = ksr(photo, "-o", tmp_path / "file" / "big.png")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert f"{tmp_path / 'file'} is no folder; use another -o" in result.stderr.splitlines()[-1]
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_full_disk_is_refused_with_numbers_before_the_work(ksr, photo, tmp_path, monkeypatch):
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_full_disk_is_refused_with_numbers_before_the_work(
+    ksr, photo, tmp_path, monkeypatch, is_streamed
+):
+    monkeypatch.setattr(estimate, "STREAM_ABOVE_PX", 0 if is_streamed else 10**9)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     result = ksr(photo, "-o", tmp_path / "out" / "big.png")
