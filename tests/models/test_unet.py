@@ -83,7 +83,7 @@ def test_gradient_checkpointing_computes_twice_and_changes_no_gradient():
     for checkpointing in (False, True):
         torch.manual_seed(0)
         unet = KSRUNet(**TINY)
-        unet.down_levels[0][0].register_forward_hook(
+        unet.down_levels[0][0].register_forward_pre_hook(
             lambda *_, way=checkpointing: runs_of_a_block.append(way)
         )
         if checkpointing:
