@@ -20,6 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,17 +28,18 @@ from ksr_distill.config import (
     check_overrides,
     check_strategy,
     check_train_config,
+    message_for_user,
     num_processes,
-    one_line,
-    root_cause,
 )
+from ksr_distill.data.loading import explain_lost_worker
 from ksr_distill.training.checkpoint_folder import last_good_checkpoint, update_of_file
 from ksr_distill.training.hints import silence_hints
 from ksr_distill.training.launching import process_plugins, refuse_launcher_in_sweep
+from ksr_distill.training.leaves import check_leaves
 from ksr_distill.training.sharding import PerNetworkFSDP
 from ksr_distill.training.strategy import PerNetworkDDP
 
-USER_ERRORS = (ValueError, OSError, OmegaConfBaseException)
+USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, MisconfigurationException)
 CONF = Path(__file__).resolve().parent / "conf"
 
 
@@ -56,7 +58,11 @@ def train(config: dict[str, Any], *, is_sweep: bool) -> None:
     datamodule.start_update = update_of_file(checkpoint) if checkpoint else 0
     build = instantiate(config["module"], _partial_=True, _convert_="all")
     module = build(record={"config": config})
-    make_trainer(config).fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    try:
+        make_trainer(config).fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except RuntimeError as error:
+        explain_lost_worker(error)
+        raise
 
 
 def make_trainer(config: dict[str, Any]) -> Trainer:
@@ -81,17 +87,24 @@ def main(cfg: DictConfig) -> None:
     """Compose the config; show a user's mistake in one line."""
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
+        check_leaves(cfg)
         train(OmegaConf.to_container(cfg, resolve=True), is_sweep=is_sweep)  # type: ignore[arg-type]
     except Exception as error:
-        # In a sweep Hydra notes a failed run and goes on to the next; leaving would end them all.
-        if is_sweep or not isinstance(root_cause(error), USER_ERRORS):
+        # Hydra notes a sweep's failed run for its table, and goes on to the next.
+        is_noted = is_sweep or HydraConfig.get().callbacks
+        told = message_for_user(error, USER_ERRORS)
+        if is_noted or told is None:
             raise
-        sys.exit(f"error: {one_line(root_cause(error))}")
+        sys.exit(f"error: {told}")
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else its own errors end in its traceback
     try:
         check_overrides("train", sys.argv[1:], CONF)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    main()
+        main()
+    except Exception as error:
+        told = message_for_user(error, USER_ERRORS)
+        if told is None:
+            raise
+        sys.exit(f"error: {told}")

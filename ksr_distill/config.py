@@ -225,6 +225,8 @@ def explain(error: BaseException, known: Mapping[str, Any]) -> str:
     for parent in parents:
         node = node[parent]
     names = [str(name) for name in node]
+    if key in names:  # it is there, but as another key's
+        return f"{missing[1]} is the value of another group; change it there (conf/{parents[0]})"
     close = difflib.get_close_matches(key, names, n=1)
     remedy = f"did you mean {'.'.join([*parents, close[0]])}?" if close else f"use one of {names}"
     return f"{missing[1]} is no key of the config; {remedy}"
@@ -235,8 +237,16 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """Return what an error was raised from, at the bottom."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+def message_for_user(error: BaseException, kinds: tuple[type[Exception], ...]) -> str | None:
+    """Return the message meant for a user, without line breaks; None if there is none.
+
+    That is the outermost of these kinds in the chain of causes: it says what to do, and was raised
+    from what had happened. What Hydra wraps around it is not one of them.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        is_named = not str(cause).startswith("Unable to configure handler")  # no file in its words
+        if isinstance(cause, kinds) and is_named:
+            return one_line(cause)
+        cause = cause.__cause__
+    return None

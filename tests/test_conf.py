@@ -136,7 +136,7 @@ def test_sweeps_pass_the_check_of_overrides():
         (["data.shards=/none/*.tar"], "data.shards='/none/*.tar' matches nothing"),
         (["loss=denoising"], "not found full_key: module."),
         (["loss.critic.penalty=r2"], "loss.critic.penalty='r2' is not allowed"),
-        (["optim.student.learning_rate=1e-4x"], "optim.*.learning_rate='1e-4x' is not allowed"),
+        (["optim.student.learning_rate=1e-4x"], "optim.student.learning_rate='1e-4x' is not"),
     ],
 )
 def test_train_ends_with_one_line_and_no_traceback(arguments, message, teacher, shards, tmp_path):

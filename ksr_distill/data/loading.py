@@ -82,6 +82,7 @@ class UpdateLoader:
     Args:
         loader: Yields the batches from start_update on, their ``update`` not yet set.
         timeout_s: What the loader waits for a batch, for the message.
+        order: What decides which samples an update sees, in words; it goes into checkpoints.
     """
 
     def __init__(
@@ -92,12 +93,14 @@ class UpdateLoader:
         num_updates: int,
         budget: CorruptionBudget,
         timeout_s: float | int,
+        order: str = "",
     ) -> None:
         self.loader = loader
         self.start_update = start_update
         self.num_updates = num_updates
         self.budget = budget
         self.timeout_s = timeout_s
+        self.order = order
         self.next_update = start_update
 
     def __len__(self) -> int:
@@ -118,12 +121,14 @@ class UpdateLoader:
             stop()
             atexit.unregister(stop)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the update that comes next; with it Lightning knows that a resume is exact."""
-        return {"next_update": self.next_update}
+        return {"next_update": self.next_update, "order": self.order}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check that training continues where the checkpoint's loader stopped.
+
+        Other shards or another batch size are allowed, but said: the epoch is not exact then.
 
         Raises:
             ValueError: If start_update was set to another update.
@@ -132,6 +137,16 @@ class UpdateLoader:
             raise ValueError(
                 f"datamodule.start_update={self.start_update}, but the checkpoint continues at "
                 f"update {state['next_update']}; set start_update to the checkpoint's counter"
+            )
+        before = state.get("order", self.order)
+        if before != self.order:
+            log.warning(
+                "From update %d on the samples come in another order: the checkpoint was made with "
+                "%s, this run has %s. Some of this epoch come twice or not at all; for an exact "
+                "resume give what it was made with",
+                self.start_update,
+                before,
+                self.order,
             )
 
     def _next(self, batches: Iterator[HiresBatch], update: int) -> HiresBatch:
@@ -147,13 +162,24 @@ class UpdateLoader:
                     "the shards' file system hangs or is too slow: look at it, add "
                     "data.num_workers, or raise the timeout"
                 ) from error
-            if "DataLoader worker" in cause and ("killed" in cause or "exited" in cause):
-                raise ChildProcessError(
-                    f"a loader worker died before update {update} ({cause.splitlines()[0]}); if "
-                    "the machine ran out of memory, lower data.num_workers or "
-                    "data.prefetch_updates, then start the same command again"
-                ) from error
+            explain_lost_worker(error)
             raise
+
+
+def explain_lost_worker(error: Exception) -> None:
+    """Raise a clearer error if this one is of a loader worker that died.
+
+    Torch raises it from a signal's handler, so that it comes up wherever the training stands.
+
+    Raises:
+        ChildProcessError: With what to lower.
+    """
+    cause = str(error)
+    if "DataLoader worker" in cause and ("killed" in cause or "exited" in cause):
+        raise ChildProcessError(
+            f"a loader worker died ({cause.splitlines()[0]}); if the machine ran out of memory, "
+            "lower data.num_workers or data.prefetch_updates, then start the same command again"
+        ) from error
 
 
 def collate_update(samples: list[HiresSample]) -> HiresBatch:

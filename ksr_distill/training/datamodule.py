@@ -6,10 +6,11 @@ alike. The only state is the number of the next update.
 """
 
 import logging
+import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, UInt8
@@ -68,7 +69,7 @@ class HiresDataModule(LightningDataModule):
         corrupt_budget: int,
         num_workers: int,
         prefetch_updates: int,
-        worker_start_method: str | None,
+        worker_start_method: Literal["fork", "forkserver", "spawn"] | None,
         timeout_s: float | int,
     ) -> None:
         super().__init__()
@@ -112,6 +113,11 @@ class HiresDataModule(LightningDataModule):
         return self._accumulate(self.world_size)
 
     @property
+    def order(self) -> str:
+        """What decides which samples an update sees, in words; empty in a stream."""
+        return ""
+
+    @property
     def num_replaced(self) -> int:
         """Different pictures that this process had to pass over."""
         return len(self.budget.seen)
@@ -146,6 +152,7 @@ class HiresDataModule(LightningDataModule):
             num_updates=self.num_updates,
             budget=self.budget,
             timeout_s=self.timeout_s,
+            order=self.order,
         )
 
     def val_dataloader(self) -> ValidationLoader | list:
@@ -251,11 +258,22 @@ class ShardDataModule(HiresDataModule):
         self.window_shards = window_shards
         self.paths: tuple[Path, ...] = ()
         self.plan: SamplePlan | None = None
+        self._fingerprint = 0
+
+    @property
+    def order(self) -> str:
+        """What decides which samples an update sees, in words; where the shards lie does not."""
+        return (
+            f"data.batch_size={self.batch_size}, data.window_shards={self.window_shards}, "
+            f"{len(self.paths)} shards (fingerprint {self._fingerprint:08x})"
+        )
 
     def _check_training(self) -> None:
         self.paths = expand_shards(self.shards, key="data.shards")
         headers = [read_header(shard) for shard in self.paths]
         check_sides(self.paths, headers, self.crop_px, key="data.crop_px")
+        sizes = [(header.num_members, header.tar_bytes) for header in headers]
+        self._fingerprint = zlib.crc32(repr(sizes).encode())
         self.plan = SamplePlan(
             [header.num_members for header in headers],
             seed=self.seed,

@@ -286,3 +286,15 @@ def test_starting_a_loader_moves_no_global_random_state(shards):
         warnings.simplefilter("ignore")
         list(make(shards, num_workers=1).train_dataloader())
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_another_order_of_the_samples_is_said_when_a_run_is_continued(shards, caplog):
+    def loader(**changes):
+        return make(shards, **changes).train_dataloader()
+
+    state = loader(batch_size=4).state_dict()
+    loader(batch_size=4).load_state_dict(state)
+    assert "another order" not in caplog.text
+    loader(batch_size=8).load_state_dict(state)
+    assert "data.batch_size=4" in caplog.text
+    assert "this run has data.batch_size=8" in caplog.text
