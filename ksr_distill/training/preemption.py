@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
@@ -69,20 +69,21 @@ class PreemptionGuard(Checkpoint):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen early to USR1 and USR2: by default they would end a process that still loads."""
+        """Listen from now on: by default a signal would end a process that still loads.
+
+        Lightning's own handler of TERM is kept out: it broadcasts from inside the handler, which
+        hangs when the ranks are at different places, and a run told before its first update would
+        leave with 0, as if it had ended.
+        """
         if stage == "fit":
             _checkpoint_of(trainer)
-            self._listen(*ASKS_TO_REQUEUE)
+            cast(Any, trainer)._signal_connector.register_signal_handlers = lambda: None
+            self._listen(*ASKS_TO_REQUEUE, signal.SIGTERM)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen to TERM as well.
-
-        Not in setup: Lightning puts its own handler around one that it finds there, and that one
-        broadcasts from inside the handler: it hangs when the ranks are at different places.
-        """
+        """Open the ranks' agreement."""
         self._agreement = HostAgreement(trainer)
-        self._listen(*ASKS_TO_REQUEUE, signal.SIGTERM)
 
     @override
     def on_train_batch_end(
@@ -140,8 +141,7 @@ class PreemptionGuard(Checkpoint):
         # Held again first: a signal after the last save must not fail a run that has ended.
         signal.pthread_sigmask(signal.SIG_BLOCK, self._held)
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._note:  # else Lightning has given it back already
-                signal.signal(number, handler)
+            signal.signal(number, handler)
         self._before.clear()
         self._held.clear()
         self._received = 0

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 from processes import Processes, wait_until
 from two_players import TwoPlayers, sleeper, train, write_result
@@ -77,6 +78,22 @@ def test_a_signal_that_comes_while_loading_is_answered_after_the_first_update(
     tmp_path: Path,
 ) -> None:
     running = Processes(1, train_told_before_it_listens, tmp_path)
+    assert running.wait() == [EXIT_PREEMPTED], running.logs()
+    assert last_good_checkpoint(tmp_path / "run").stem == "update-000000001"
+
+
+class TermBeforeTheFirstUpdate(pl.Callback):
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train_told_to_end_before_its_first_update(folder: Path) -> None:
+    guard = PreemptionGuard(stay_alive_s=20)
+    train(folder / "run", callbacks=(TermBeforeTheFirstUpdate(), guard))
+
+
+def test_a_run_told_to_end_before_its_first_update_does_not_seem_complete(tmp_path: Path) -> None:
+    running = Processes(1, train_told_to_end_before_its_first_update, tmp_path)
     assert running.wait() == [EXIT_PREEMPTED], running.logs()
     assert last_good_checkpoint(tmp_path / "run").stem == "update-000000001"
 
