@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import math
+import re
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +16,8 @@ from ksr_distill.training.checkpoint_io import (
 
 log = logging.getLogger(__name__)
 
+NAME = re.compile(r"update-\d{9,}\.ckpt")
+
 
 def path_of_update(folder: Path, update: int) -> Path:
     """Return the file that holds a run after so many updates."""
@@ -22,8 +25,8 @@ def path_of_update(folder: Path, update: int) -> Path:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob("update-*.ckpt") if not path.is_symlink())
+    """Return the checkpoints in a folder, oldest first; they may be links to another disk."""
+    return sorted(path for path in folder.glob("update-*.ckpt") if NAME.fullmatch(path.name))
 
 
 def update_of_file(path: Path) -> int:
@@ -35,13 +38,14 @@ def last_good_checkpoint(folder: str | Path) -> Path | None:
     """Return the newest checkpoint whose bytes are those that were written; None in a new folder.
 
     Raises:
-        ValueError: When there are checkpoints and none is good: the user decides to start at zero.
+        ValueError: When there are checkpoints and none is good, or there was one and it is gone:
+            the user decides to start at zero.
     """
     files = checkpoint_files(Path(folder))
     for path in reversed(files):
         try:
             verify_checkpoint(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             log.warning("%s; trying the one before it", error)
         else:
             return path
@@ -50,6 +54,12 @@ def last_good_checkpoint(folder: str | Path) -> Path | None:
             f"{folder}: none of the {len(files)} checkpoints is good (newest: {files[-1].name}); "
             "restore one from a backup, or use another name= to start anew"
         )
+    link = Path(folder) / "last.ckpt"
+    if link.is_symlink():
+        raise ValueError(
+            f"{link} points to {link.readlink()}, which is gone, and no other checkpoint is there; "
+            "restore it with its .json, or delete the link to start at zero"
+        )
     return None
 
 
@@ -57,10 +67,17 @@ def lock_folder(folder: Path) -> IO[str]:
     """Return an open lock on a run's folder; the kernel lets go of it when the process dies.
 
     Raises:
-        ValueError: When another process of this or another host holds it.
+        ValueError: When another process of this or another host holds it, or nothing can be written
+            there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: checkpoints cannot be written here ({error.strerror}); make it a folder "
+            "that may be written, or give another run_dir= or name="
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -69,6 +86,12 @@ def lock_folder(folder: Path) -> IO[str]:
             f"{folder}: another run is writing its checkpoints here; wait for it, end it, or use "
             "another name="
         ) from error
+    except OSError as error:  # NFS without a lock daemon, Lustre mounted without -o flock
+        log.warning(
+            "%s: this file system has no locks (%s): take care that no second run writes here",
+            folder,
+            error.strerror,
+        )
     return lock
 
 
@@ -97,7 +120,8 @@ def point_to(link: Path, target: Path) -> None:
 def sweep_orphans(folder: Path, update: int) -> None:
     """Remove what a killed save left; set aside checkpoints from beyond the resumed update."""
     for path in folder.glob(f"*{TEMPORARY}"):
-        path.unlink()
+        if path.is_file() or path.is_symlink():
+            path.unlink()
     for path in checkpoint_files(folder):
         if update_of_file(path) > update:
             log.warning("%s is newer than the resumed update %d: set aside", path.name, update)

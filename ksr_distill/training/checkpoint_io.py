@@ -122,11 +122,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     manifest = manifest_path(path)
     try:
+        if manifest.exists() and not manifest.is_file():
+            raise ValueError("it is no file")  # a pipe would be waited for
         facts = json.loads(manifest.read_text())
         if facts.pop(OWN_SUM) != _sum_of(facts):
             raise ValueError("its own checksum differs")
         return {**facts, "sha256": str(facts["sha256"]), "bytes": int(facts["bytes"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{manifest}: no readable manifest ({type(error).__name__}), so {path.name} cannot be "
             "checked; copy checkpoints together with their .json, or use another checkpoint"
@@ -140,6 +142,8 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: When size or checksum differ, or the manifest is missing.
     """
     facts = read_manifest(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; use another checkpoint")
     num_bytes = path.stat().st_size
     if num_bytes != facts["bytes"]:
         raise ValueError(
@@ -167,7 +171,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path}: no such checkpoint; give a local file (URLs are not read)"
         )
-    path = path.resolve()  # `last.ckpt` is a link; the manifest lies beside the file
+    if not manifest_path(path).exists():
+        path = path.resolve()  # `last.ckpt` is a link; the manifest lies beside the file
     verify_checkpoint(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar, cast
@@ -293,20 +294,26 @@ class RunCheckpoint(Checkpoint):
         self._is_untidy = False
         if not trainer.is_global_zero:
             return
-        try:
-            self._prune()
-        except OSError as error:
-            log.warning("%s: old checkpoints could not be pruned (%s)", self.folder, error)
+        for chore in self._chores():
+            try:
+                chore()
+            except OSError as error:
+                log.warning(
+                    "%s: links and old checkpoints could not be tidied (%s); training goes on: "
+                    "look at what stands in the way",
+                    self.folder,
+                    error,
+                )
 
-    def _prune(self) -> None:
+    def _chores(self) -> Iterator[Callable[[], None]]:
         files = checkpoint_files(self.folder)
         best = best_checkpoints(files, self.monitor, self.mode)
         if files:
-            point_to(self.folder / "last.ckpt", files[-1])
+            yield partial(point_to, self.folder / "last.ckpt", files[-1])
         if best:
-            point_to(self.folder / "best.ckpt", best[0])
+            yield partial(point_to, self.folder / "best.ckpt", best[0])
         for path in set(files) - set(files[-self.keep_last :]) - set(best[: self.keep_best]):
-            self.io.remove_checkpoint(path)
+            yield partial(self.io.remove_checkpoint, path)
 
 
 def callbacks_of(trainer: pl.Trainer, kind: type[C]) -> list[C]:

@@ -15,7 +15,7 @@ import torch
 from processes import Processes, wait_until
 from two_players import TwoPlayers, die_at, train
 
-from ksr_distill.training.checkpoint_folder import path_of_update
+from ksr_distill.training.checkpoint_folder import lock_folder, path_of_update
 from ksr_distill.training.checkpoint_io import (
     AtomicCheckpointIO,
     manifest_path,
@@ -79,6 +79,68 @@ def test_when_no_checkpoint_is_good_the_run_does_not_start_over_by_itself(saved:
         flip_bit(path, 800)
     with pytest.raises(ValueError, match="none of the 2 checkpoints is good"):
         last_good_checkpoint(saved.parent)
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '"text"', "7", "pipe", "folder"])
+def test_what_is_no_manifest_is_not_waited_for_and_the_one_before_is_used(
+    saved: Path, text: str
+) -> None:
+    manifest = manifest_path(saved)
+    manifest.unlink()
+    if text == "pipe":
+        os.mkfifo(manifest)
+    elif text == "folder":
+        manifest.mkdir()
+    else:
+        manifest.write_text(text)
+    assert last_good_checkpoint(saved.parent).stem == "update-000000003"
+
+
+def test_what_stands_in_the_way_of_a_checkpoint_stops_nothing(tmp_path: Path) -> None:
+    Processes(1, _die_after_one, tmp_path).wait()
+    folder = tmp_path / "run"
+    (folder / "update-best (copy).ckpt").write_bytes(b"copied by hand")
+    (folder / "update-000000009.ckpt").mkdir()
+    (folder / "x.tmp").mkdir()
+    (folder / "last.ckpt").unlink()
+    (folder / "last.ckpt").mkdir()
+    (folder / "last.ckpt" / "file").touch()
+    train(folder, checkpoint={"every_updates": 1, "keep_last": 2})  # 6 is among the best
+    names = [path.name for path in folder.glob("update-0*.ckpt")]
+    assert sorted(names) == [f"update-{update:09d}.ckpt" for update in (6, 7, 8)]
+
+
+def test_checkpoints_may_be_links_and_a_link_to_nothing_is_no_start_at_zero(saved: Path) -> None:
+    archive = saved.parent / "archive"
+    archive.mkdir()
+    for path in list(saved.parent.glob("update-*")):
+        path.replace(archive / path.name)
+        path.symlink_to(archive / path.name)
+    assert last_good_checkpoint(saved.parent) == saved
+    (archive / saved.name).unlink()
+    assert last_good_checkpoint(saved.parent).stem == "update-000000003"
+    for path in saved.parent.glob("update-*"):
+        path.unlink()
+    assert last_good_checkpoint(saved.parent) is None
+    (saved.parent / "last.ckpt").symlink_to(saved.name)
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt points to update-000000006\.ckpt, which is go"
+    ):
+        last_good_checkpoint(saved.parent)
+
+
+def test_a_file_system_without_locks_is_said_and_one_that_cannot_be_written_refused(
+    tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot be written here .* run_dir= or name="):
+        lock_folder(tmp_path / "file")
+    monkeypatch.setattr("fcntl.flock", flock)
+    lock_folder(tmp_path).close()
+    assert "no locks (Function not implemented)" in caplog.text
 
 
 class Code:
