@@ -23,6 +23,7 @@ class MetricsCSV(Logger):
     def __init__(self, *, folder: str) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
+        self._first_update: int | None = None  # nothing of ours is in the file before it
         self._continues = False
 
     @property
@@ -62,7 +63,8 @@ class MetricsCSV(Logger):
 
     def _append(self, metrics: dict[str, float], update: int) -> None:
         if not self._continues:
-            self._drop_from(update)
+            self._first_update = update if self._first_update is None else self._first_update
+            self._drop_from(self._first_update)
             self._continues = True
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file)
@@ -72,12 +74,13 @@ class MetricsCSV(Logger):
         """Keep the rows before this update: a run that was killed wrote beyond its checkpoint."""
         rows: list[list[str]] = []
         if self.path.exists():
-            with self.path.open(newline="") as file:
-                rows = [row for row in list(csv.reader(file))[1:] if len(row) == len(HEADER)]
+            with self.path.open(newline="", errors="replace") as file:  # a torn row is left out
+                text = (line for line in file if "\0" not in line)
+                rows = [row for row in csv.reader(text) if len(row) == len(HEADER)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(HEADER)
-            writer.writerows(row for row in rows if int(row[0]) < update)
+            writer.writerows(r for r in rows if r[0].isdecimal() and int(r[0]) < update)
         temporary.replace(self.path)

@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from typing_extensions import override
 
+from ksr_distill.durable import replacing
 from ksr_distill.training.arithmetic import ArithmeticCounter
 from ksr_distill.training.checkpoints import RunCheckpoint, callbacks_of, completed_updates
 
@@ -138,12 +139,24 @@ class RunRecord(Callback):
             "versions": package_versions(),
         }
         log.info("training %s", ", ".join(sizes_of_networks(pl_module)))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        with (self.folder / "starts.jsonl").open("a") as file:
-            file.write(json.dumps(start) + "\n")
+        try:
+            self._write(config, start)
+        except OSError as error:  # a full disk: the run is worth more than its record
+            log.warning(
+                "config.yaml and starts.jsonl in %s do not tell of this start (%s); training goes "
+                "on: free space",
+                self.folder,
+                error,
+            )
         for logger in trainer.loggers:
             logger.log_hyperparams(config)
+
+    def _write(self, config: dict[str, Any], start: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.folder / "config.yaml") as new:
+            new.write_text(yaml.safe_dump(config, sort_keys=False))
+        with (self.folder / "starts.jsonl").open("a") as file:
+            file.write(json.dumps(start) + "\n")
 
 
 class Throughput(Callback):

@@ -77,7 +77,7 @@ class GuestWandbLogger(Logger):
     def version(self) -> str:
         """Id of the run: made once, kept in the run's folder."""
         path = self.folder / "wandb_id.txt"
-        if not path.exists():
+        if not path.exists() or not path.read_text().strip():  # empty: the disk was full
             self.folder.mkdir(parents=True, exist_ok=True)
             path.write_text(secrets.token_hex(4))
         return path.read_text().strip()

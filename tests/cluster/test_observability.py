@@ -100,3 +100,26 @@ def test_a_saves_share_of_the_time_is_told(tmp_path: Path) -> None:
         checkpoint={"every_updates": 1},
     )  # fmt: skip
     assert 0 < figures(tmp_path)[4, "speed/checkpoint_share"] < 1
+
+
+def test_torn_rows_of_a_crash_cost_themselves_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    file.write_bytes(b"update,metric,value\n2,a,1\n3,b,2\nx,b,c\n\0\0\0,b,c\n\xff\xfe,b,c\n4,a")
+    MetricsCSV(folder=str(tmp_path)).log_metrics({"c": 5.0}, step=3)
+    assert figures(tmp_path) == {(2, "a"): 1, (3, "c"): 5}
+
+
+def test_a_full_disk_at_the_start_costs_the_record_and_not_the_run(
+    tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.yaml").write_text("name: before\n")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ksr_distill.durable.flush_to_disk", full)
+    module = TwoPlayers(num_updates=1)
+    module.record = {"config": CONFIG}
+    train(tmp_path / "checkpoints", module=module, callbacks=(RunRecord(tmp_path),))
+    assert "do not tell of this start ([Errno 28] No space" in caplog.text
+    assert (tmp_path / "config.yaml").read_text() == "name: before\n"
