@@ -182,7 +182,11 @@ class UpdateModule(LightningModule):
         return norm
 
     def end_update(self, values: dict[str, Tensor]) -> None:
-        """Count the update; keep its figures on the device for whoever wants to log them."""
+        """Count the update; keep its figures on the device for whoever wants to log them.
+
+        Args:
+            values: By name; losses are those of this rank's last micro-batch.
+        """
         self.last_values = {name: value.detach() for name, value in values.items()}
         self.update += 1
 

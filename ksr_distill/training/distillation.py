@@ -52,7 +52,7 @@ class Round:
     lowres: Float[Tensor, "b 3 h w"]
     x_t: Float[Tensor, "b 3 H W"]
     t: Int[Tensor, " b"]
-    k: int
+    timestep: int  # all of t, on the host: nobody waits for the device
     critic_eps: Float[Tensor, "b 3 H W"]
     critic_t: Int[Tensor, " b"]
     generator: torch.Generator
@@ -149,14 +149,15 @@ class DistillationModule(UpdateModule):
         shared = self.shared_generator(Stream.STUDENT_TIMESTEP)
         is_early = self.student_updates < self.game.late_timesteps_updates
         first = len(self.timesteps) // 2 if is_early else 0
-        k = int(torch.randint(first, len(self.timesteps), (), generator=shared))
+        index = int(torch.randint(first, len(self.timesteps), (), generator=shared))
         prob = self.game.simulation_prob(self.student_updates)
         simulates = bool(torch.rand((), generator=shared) < prob)
-        return [self.deal_round(*mb, k=k, simulates=simulates) for mb in self.micro_batches(batch)]
+        how = {"index": index, "simulates": simulates}
+        return [self.deal_round(*micro_batch, **how) for micro_batch in self.micro_batches(batch)]
 
     @torch.no_grad()
     def deal_round(
-        self, batch: Batch, generator: torch.Generator, *, k: int, simulates: bool
+        self, batch: Batch, generator: torch.Generator, *, index: int, simulates: bool
     ) -> Round:
         """Noise the original, or (backward simulation) the student's own estimate one step before.
 
@@ -164,15 +165,16 @@ class DistillationModule(UpdateModule):
         """
         x_0, lowres = batch
         draw_noise = noise_from(generator, x_0.shape, device=x_0.device)
-        t = torch.full(x_0.shape[:1], self.timesteps[k], device=x_0.device)
+        *earlier, timestep = self.timesteps[: index + 1]
+        t = torch.full(x_0.shape[:1], timestep, device=x_0.device)
         start = x_0
-        if simulates and k > 0:
-            start = sample_few_steps(self.wrapped("student"), lowres, timesteps=self.timesteps[:k],
+        if simulates and earlier:
+            start = sample_few_steps(self.wrapped("student"), lowres, timesteps=earlier,
                                      schedule=self.schedule, draw_noise=draw_noise)  # fmt: skip
         eps = draw_noise(0)
-        x_t = eps if k == 0 else self.schedule.add_noise(start, eps, t)
+        x_t = self.schedule.add_noise(start, eps, t) if earlier else eps
         critic_t = self.draw_critic_t(x_0, generator)
-        return Round(x_0, lowres, x_t, t, k, draw_noise(0), critic_t, generator)
+        return Round(x_0, lowres, x_t, t, timestep, draw_noise(0), critic_t, generator)
 
     def draw_critic_t(self, x_0: Tensor, generator: torch.Generator) -> Int[Tensor, " b"]:
         """Draw the timesteps at which the critic looks: log-SNR uniform, towards little noise.
@@ -215,7 +217,7 @@ class DistillationModule(UpdateModule):
         gap = critic_loss(scores_real, scores_fake)
         drift = drift_penalty(scores_real)
         shown = ([s.detach() for s in side] for side in (scores_real, scores_fake))
-        self.table = Table(r.x_0, play.pred_x_0.detach(), self.timesteps[r.k], *shown)
+        self.table = Table(r.x_0, play.pred_x_0.detach(), r.timestep, *shown)
         return {
             "train/loss_critic": gap + terms.penalty_weight * penalty + terms.drift_weight * drift,
             "train/wasserstein_gap": -gap,

@@ -118,7 +118,7 @@ def join(rounds):
         name: torch.cat([getattr(r, name) for r in rounds])
         for name in ("x_0", "lowres", "x_t", "t", "critic_eps", "critic_t")
     }
-    return type(first)(**tensors, k=first.k, generator=first.generator)
+    return type(first)(**tensors, timestep=first.timestep, generator=first.generator)
 
 
 def test_draws_are_functions_of_seed_and_update_alone(make_module):
@@ -128,7 +128,7 @@ def test_draws_are_functions_of_seed_and_update_alone(make_module):
     torch.rand(7)  # whatever the global generator did in between
     second.update, second.network_updates = 3, dict(first.network_updates)
     a, b = first.deal(batch(9))[0], second.deal(batch(9))[0]
-    assert a.k == b.k
+    assert a.timestep == b.timestep
     assert torch.equal(a.critic_eps, b.critic_eps)
     assert torch.equal(a.critic_t, b.critic_t)
     second.update = 4
@@ -142,17 +142,19 @@ def test_first_timestep_is_pure_noise_and_later_ones_keep_the_picture(make_modul
         module.update = update
         (r,) = module.deal(batch())
         flat = torch.stack([r.x_t.flatten(), r.x_0.flatten()])
-        seen[r.k] = torch.corrcoef(flat)[0, 1].item()
-    assert set(seen) == {0, 1, 2, 3}
-    assert abs(seen[0]) < 0.1
-    assert seen[3] > 0.4
+        seen[r.timestep] = torch.corrcoef(flat)[0, 1].item()
+    assert set(seen) == {979, 729, 479, 229}
+    assert abs(seen[979]) < 0.1
+    assert seen[229] > 0.4
 
 
 def test_backward_simulation_starts_from_the_students_own_estimate(make_module):
     module = make_module()
     micro_batch = next(module.micro_batches(batch()))[0]
     real, own = (
-        module.deal_round(micro_batch, torch.Generator().manual_seed(5), k=3, simulates=simulates)
+        module.deal_round(
+            micro_batch, torch.Generator().manual_seed(5), index=3, simulates=simulates
+        )
         for simulates in (False, True)
     )
     assert not torch.equal(real.x_t, own.x_t)
@@ -163,8 +165,8 @@ def test_early_updates_draw_the_later_timesteps_only(make_module):
     module = make_module(game=game(late_timesteps_updates=1000))
     drawn = set()
     for module.update in range(30):
-        drawn.add(module.deal(batch())[0].k)
-    assert drawn == {2, 3}
+        drawn.add(module.deal(batch())[0].timestep)
+    assert drawn == {479, 229}
 
 
 def test_critic_looks_at_real_and_fake_with_the_same_noise(make_module):
