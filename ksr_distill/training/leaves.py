@@ -121,7 +121,8 @@ def _nodes(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 def _set_as(written: Any, path: tuple[str, ...]) -> str:
     """Return the key to set: where a leaf is another's value, that one's."""
-    node, seen = written, []
+    node: Any = written
+    seen: list[str] = []
     for name in path:
         seen.append(name)
         node = node[name]
