@@ -1,7 +1,10 @@
-"""What ``ksr upscale`` shows while it works: a bar for the tiles, and one for the pictures."""
+"""What a long command shows while it works: bars with the time left, on stderr."""
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -13,8 +16,19 @@ if TYPE_CHECKING:
     from ksr_distill.inference.pictures import Picture
 
 
+@contextmanager
+def counting_bar(title: str, total: int | None = None) -> Iterator[Callable[..., Any]]:
+    """Show a bar; yield what moves it: ``move(advance=1)``, or ``move(completed=…, total=…)``."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        yield partial(bars.update, bars.add_task(title, total=total))
+
+
 class UpscaleProgress:
-    """Bars and lines on stderr; warnings of the rooms below appear between them."""
+    """What ``ksr upscale`` shows: a bar for the tiles, one for the pictures, and lines.
+
+    Warnings of the rooms below appear between them.
+    """
 
     def __init__(self, num_pictures: int) -> None:
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)

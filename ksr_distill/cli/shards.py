@@ -187,19 +187,10 @@ def num_processes(workers: int | None) -> int:
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar with the time left on stderr; yield what moves it: (done, in all)."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from ksr_distill.cli.progress import counting_bar
 
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with counting_bar(title) as move:
+        yield lambda done, total: move(completed=done, total=total)
 
 
 def show_pairs(title: str, columns: tuple[str, str], rows: list[tuple[str, str]]) -> None:

@@ -45,20 +45,11 @@ def register(app: typer.Typer) -> None:
 
 @contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar with the time left on stderr, and give the function that moves it."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    """Show a bar with the time left on stderr; yield what moves it by one."""
+    from ksr_distill.cli.progress import counting_bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda: progress.advance(task)
+    with counting_bar(title, total) as move:
+        yield lambda: move(advance=1)
 
 
 @study.command()
