@@ -14,7 +14,11 @@ from ksr_distill.inference import cpu
 from ksr_distill.inference.acceleration import accelerate, can_accelerate
 from ksr_distill.inference.layout import lay_out
 from ksr_distill.inference.memory import as_size, free_memory_bytes
-from ksr_distill.inference.model_folders import check_pipeline_folder
+from ksr_distill.inference.model_folders import (
+    HALF_VARIANT,
+    check_pipeline_folder,
+    weight_files,
+)
 from ksr_distill.inference.offload import take_turns
 from ksr_distill.inference.pipeline import KSRFlashPipeline
 from ksr_distill.inference.teacher import KSRTeacherPipeline
@@ -119,9 +123,8 @@ def _class_name(folder: Path) -> str:
 
 def _variant(folder: Path, *, half: bool) -> str | None:
     """Return fp16 where such files are there and wanted, or where there are no others."""
-    names = [path.name for path in (folder / "sr").glob("*.safetensors")]
-    halves = [name for name in names if ".fp16." in name]
-    return "fp16" if halves and (half or len(halves) == len(names)) else None
+    full_files, half_files = weight_files(folder / "sr")
+    return HALF_VARIANT if half_files and (half or not full_files) else None
 
 
 def _placed(pipeline: Pipeline, device: torch.device, *, fast: bool) -> Pipeline:

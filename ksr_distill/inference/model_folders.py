@@ -124,12 +124,18 @@ def load_model(folder: Path, component: str | None = None) -> ModelMixin:
         raise ValueError(
             f"{config_file} names the class {class_name}; known are {', '.join(MODEL_CLASSES)}"
         )
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    full, half = weight_files(folder)
+    if not full and not half:
         raise ValueError(f"{folder} holds no safetensors file")
-    variant = HALF_VARIANT if all(f".{HALF_VARIANT}" in file.name for file in files) else None
-    stored = [file for file in files if variant or f".{HALF_VARIANT}" not in file.name]
+    variant, stored = (None, full) if full else (HALF_VARIANT, half)
     return _load(MODEL_CLASSES[class_name], folder, dtype=_dtype_in(stored[0]), variant=variant)
+
+
+def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return a network's safetensors files: those of the usual and those of half precision."""
+    files = sorted(folder.glob("*.safetensors"))
+    half = [file for file in files if f".{HALF_VARIANT}" in file.name]
+    return [file for file in files if file not in half], half
 
 
 def check_pipeline_folder(folder: Path, *, variant: str | None) -> None:
@@ -151,9 +157,8 @@ def check_pipeline_folder(folder: Path, *, variant: str | None) -> None:
 
 def _check_weights_fit(model_class: type[ModelMixin], folder: Path, *, variant: str | None) -> None:
     config_file = folder / "config.json"
-    files = sorted(folder.glob("*.safetensors"))
-    halves = [file for file in files if f".{HALF_VARIANT}" in file.name]
-    files = halves if variant and halves else [file for file in files if file not in halves]
+    full, half = weight_files(folder)
+    files = half if variant and half else full
     if not config_file.is_file() or not files:
         raise ValueError(f"{folder} lacks its config.json or its safetensors file; copy it again")
     try:
