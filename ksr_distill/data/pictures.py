@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # Whatever a damaged file can raise in Pillow's readers; everything else is a bug of ours.
 PICTURE_ERRORS = (
@@ -117,15 +117,19 @@ def decode_stored(content: bytes) -> Image.Image:
     Raises:
         PICTURE_ERRORS: If it is broken, of a format that shards do not hold, or over MAX_PIXELS.
     """
-    image = Image.open(io.BytesIO(content), formats=STORED_FORMATS)
+    try:
+        image = Image.open(io.BytesIO(content), formats=STORED_FORMATS)
+    except UnidentifiedImageError as error:  # its words hold an address: no two would be alike
+        what = f"{len(content)} bytes that are no {' or '.join(STORED_FORMATS)}"
+        raise ValueError(what if content else "it is empty") from error
     _check_pixels(image)
     image.load()
     return image
 
 
 def as_array(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
-    """Return a picture's pixels as RGB."""
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    """Return a picture's pixels as RGB, see `to_rgb`."""
+    return np.asarray(to_rgb(image))
 
 
 def measure_sharpness(image: Image.Image) -> float:

@@ -7,8 +7,10 @@ import pickle
 import shutil
 import tarfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from ksr_distill.data.index import read_index
@@ -173,3 +175,24 @@ def test_the_datamodule_reads_streams_and_says_that_a_resume_is_statistical(shar
     assert [batch.update for batch in batches] == [0, 1, 2]
     assert datamodule.on_after_batch_transfer(batches[0], 0).lowres.shape == (4, 3, 8, 8)
     assert sum("only statistical" in record.message for record in caplog.records) == 1
+
+
+def test_a_broken_picture_that_comes_again_counts_once(tmp_path):
+    url = write_tar(
+        tmp_path / "a.tar", **{"0.png": picture(), "1.png": b"", "2.jpg": b"no picture"}
+    )
+    told = {reason for sample in take(make_stream([url]), 12) for reason in sample.replaced}
+    assert told == {
+        f"{url}: 1.png: it is empty",
+        f"{url}: 2.jpg: 10 bytes that are no JPEG or WEBP or PNG",
+    }
+
+
+def test_16_bits_are_scaled_and_what_is_transparent_lies_on_white(tmp_path):
+    buffers = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.full((16, 16), 257 * 100, np.uint16)).save(buffers[0], "PNG")
+    Image.new("RGBA", (16, 16), (9, 9, 9, 0)).save(buffers[1], "PNG")
+    for buffer, level in zip(buffers, (100, 255), strict=True):
+        url = write_tar(tmp_path / f"{level}.tar", **{"0.png": buffer.getvalue()})
+        [sample] = take(make_stream([url]), 1)
+        assert (sample.hires_uint8 == level).all()
