@@ -20,7 +20,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 
-from ksr_distill.durable import flush_to_disk
+from ksr_distill.durable import flush_to_disk, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +82,8 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path, facts: dict[str, An
         summary = {"sha256": writer.sha256.hexdigest(), "bytes": num_bytes, **facts}
         manifest_temporary.write_text(manifest_text(summary))
         flush_to_disk(manifest_temporary)
-        path.unlink(
-            missing_ok=True
-        )  # between the two moves no old file may stand under the new manifest
+        # Between the two moves no old file may stand under the new manifest.
+        path.unlink(missing_ok=True)
         manifest_temporary.replace(manifest)
         temporary.replace(path)
         flush_to_disk(path.parent)
@@ -104,14 +103,7 @@ def _sum_of(facts: dict[str, Any]) -> str:
 
 def write_manifest(path: Path, facts: dict[str, Any]) -> None:
     """Write the manifest of a checkpoint, or replace it as a whole."""
-    manifest = manifest_path(path)
-    temporary = manifest.with_name(manifest.name + TEMPORARY)
-    try:
-        temporary.write_text(manifest_text(facts))
-        flush_to_disk(temporary)
-        temporary.replace(manifest)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(manifest_path(path), manifest_text(facts).encode())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

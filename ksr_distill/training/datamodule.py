@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, UInt8
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ksr_distill.data.checking import check_sides
@@ -34,6 +32,7 @@ from ksr_distill.data.plan import SamplePlan, UpdateSampler
 from ksr_distill.data.reader import PictureDataset, ShardDataset
 from ksr_distill.data.streams import StreamDataset, expand_stream
 from ksr_distill.degradation import Degradation
+from ksr_distill.levels import from_levels
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.types import Batch
 
@@ -172,7 +171,7 @@ class HiresDataModule(LightningDataModule):
     ) -> Batch:
         """Degrade the images, on the device they are on now."""
         del dataloader_idx
-        hires = to_float(batch.hires_uint8)
+        hires = from_levels(batch.hires_uint8)
         device = hires.device
         if isinstance(batch, ValidationBatch):
             draws = [
@@ -335,11 +334,6 @@ class StreamDataModule(HiresDataModule):
             collate_fn=collate_update,
             **worker_options(self),
         )
-
-
-def to_float(images_uint8: UInt8[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
-    """Return 8-bit images as float32 in [-1, 1]."""
-    return images_uint8.float().div_(127.5).sub_(1)
 
 
 def worker_options(settings: HiresDataModule) -> dict[str, Any]:
