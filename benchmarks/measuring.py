@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ksr_distill.training.observability import describe_machine, package_versions
+from ksr_distill.training.run_record import describe_machine, package_versions
 
 RESULTS = Path(__file__).parent / "results"
 STARTER = Path(__file__).with_name("starter.py")

@@ -10,7 +10,8 @@ import yaml
 from two_players import TwoPlayers, train
 
 from ksr_distill.training.history import MetricsCSV
-from ksr_distill.training.observability import RunRecord, Throughput, scrub, scrub_command
+from ksr_distill.training.run_record import RunRecord, scrub, scrub_command
+from ksr_distill.training.throughput import Throughput
 
 CONFIG = {
     "name": "x",
