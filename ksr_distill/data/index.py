@@ -113,6 +113,8 @@ def read_header(shard: Path) -> ShardHeader:
         ValueError: If there is no index, or it is damaged.
     """
     path = index_path(shard)
+    if path.exists() and not path.is_file():
+        raise _damaged(path)
     try:
         with path.open(encoding="utf-8") as file:
             first_line = file.readline()

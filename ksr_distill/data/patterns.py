@@ -58,5 +58,8 @@ def _expand_part(part: str, *, key: str) -> list[Path]:
         matches = sorted(glob(path)) if has_magic(path) else [path] * Path(path).is_file()  # noqa: PTH207
         if not matches:
             raise ValueError(f"{key}={part!r} matches nothing: no file {path}; {REMEDY}")
-        found.extend(Path(match) for match in matches)
+        for match in map(Path, matches):
+            if not match.is_file():  # a pipe would be waited for
+                raise ValueError(f"{key}={part!r} matches {match}, which is no file; move it away")
+            found.append(match)
     return found

@@ -126,7 +126,7 @@ def _set_as(written: Any, path: tuple[str, ...]) -> str:
     for name in path:
         seen.append(name)
         node = node[name]
-        if isinstance(node, str) and (other := re.fullmatch(r"\$\{([\w.]+)\}", node)):
+        if other := re.fullmatch(r"\$\{([\w.]+)\}", str(node)):
             return _set_as(written, (*other[1].split("."), *path[len(seen) :]))
     return ".".join(path)
 
