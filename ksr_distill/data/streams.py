@@ -129,6 +129,7 @@ class PlainTar:
         self.stream = stream
         self.url = url
         self.is_checked = False
+        self.num_reads_beyond = 0
 
     def __str__(self) -> str:
         """The URL: webdataset puts it into its errors."""
@@ -138,9 +139,13 @@ class PlainTar:
         """Return the next bytes.
 
         Raises:
-            ValueError: At the first read, if this is no tar.
+            ValueError: At the first read, if this is no tar; at its end, if a member goes on:
+                tarfile would read nothing as often as a made-up size says.
         """
         content = self.stream.read(size)
+        self.num_reads_beyond += not content
+        if self.num_reads_beyond > 8:
+            raise ValueError("it ends inside a member")
         if not self.is_checked and content[257:262] != b"ustar":
             raise ValueError("not an uncompressed tar")
         self.is_checked = True

@@ -196,3 +196,19 @@ def test_16_bits_are_scaled_and_what_is_transparent_lies_on_white(tmp_path):
         url = write_tar(tmp_path / f"{level}.tar", **{"0.png": buffer.getvalue()})
         [sample] = take(make_stream([url]), 1)
         assert (sample.hires_uint8 == level).all()
+
+
+@pytest.mark.timeout(20)
+def test_a_member_that_claims_any_size_is_not_read_for_ever(tmp_path):
+    url = write_tar(tmp_path / "a.tar", **{"0.png": picture(), "1.txt": b"text"})
+    with tarfile.open(url) as tar:
+        entry = tar.getmembers()[1]
+    content = bytearray(url.read_bytes())
+    header = memoryview(content)[entry.offset : entry.offset + 512]
+    header[124:136] = b"\x80" + (2**60).to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    header.release()
+    url.write_bytes(content)
+    [_, sample] = take(make_stream([url], shuffle_buffer=1), 2)
+    assert f"{url}: it ends inside a member" in sample.replaced
