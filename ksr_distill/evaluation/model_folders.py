@@ -13,7 +13,7 @@ from ksr_distill.inference.loading import load_pipeline
 from ksr_distill.inference.model_folders import load_model
 from ksr_distill.models import KSRUNet
 
-Sampler = Literal["student", "ddim", "dpm"]
+SamplerName = Literal["student", "ddim", "dpm"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ModelFolder:
     """
 
     pipeline: KSRFlashPipeline
-    sampler: Sampler | None
+    sampler: SamplerName | None
     num_inference_steps: int | None
 
 

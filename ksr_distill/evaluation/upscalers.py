@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ksr_distill.diffusion import sample_teacher, sample_teacher_ddim
 from ksr_distill.evaluation.benchmark_images import as_picture
-from ksr_distill.evaluation.model_folders import ModelFolder, Sampler, load_model_folder
+from ksr_distill.evaluation.model_folders import ModelFolder, SamplerName, load_model_folder
 from ksr_distill.inference import KSRFlashPipeline
 from ksr_distill.levels import from_levels, to_levels
 from ksr_distill.models import KSRUNet
@@ -92,10 +92,10 @@ class ModelSpec:
                 f"models.name={self.name!r} cannot name a model: pictures are saved under it; "
                 "use another, without a slash"
             )
-        if self.sampler not in (None, *get_args(Sampler)):
+        if self.sampler not in (None, *get_args(SamplerName)):
             raise ValueError(
                 f"models.{self.name}.sampler={self.sampler!r} is unknown; "
-                f"use one of {', '.join(get_args(Sampler))}"
+                f"use one of {', '.join(get_args(SamplerName))}"
             )
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
             raise ValueError(
@@ -273,7 +273,7 @@ def build_upscaler(spec: ModelSpec, folder: ModelFolder, *, scale: int) -> Upsca
     if sampler is None:
         raise ValueError(
             f"models.{spec.name}.sampler is not set, and {spec.path} is a bare U-Net that does not "
-            f"say; use one of {', '.join(get_args(Sampler))}"
+            f"say; use one of {', '.join(get_args(SamplerName))}"
         )
     if sampler == "student":
         return StudentUpscaler(
