@@ -28,12 +28,17 @@ def new_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes the target when the block ends without an error.
 
     Args:
-        overwrite: Replace what is there; it stays until the new folder is complete.
+        overwrite: Replace the model folder that is there; it stays until the new one is complete.
 
     Raises:
-        ValueError: If the target exists, is not empty, and may not be overwritten.
+        ValueError: If the target exists, is not empty, and may not be overwritten; or is something
+            else than a model folder, a folder of photos for one.
     """
-    with new_file(target, overwrite=overwrite) as folder:
+    refuse_existing(target, overwrite=overwrite)
+    if target.exists() and not is_replaceable(target):
+        raise ValueError(f"{target} is no model folder, which --overwrite replaces; use another")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as folder:
         folder.mkdir()
         yield folder
         for path in folder.rglob("*"):
@@ -49,6 +54,8 @@ def new_file(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         overwrite: Replace the file that is there, in one step.
     """
     refuse_existing(target, overwrite=overwrite)
+    if target.is_dir():
+        raise ValueError(f"{target} is a folder; give the name of a file in it")
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as new:
         yield new
@@ -59,6 +66,14 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     is_taken = any(target.iterdir()) if target.is_dir() else target.exists()
     if is_taken and not overwrite:
         raise ValueError(f"{target} exists already; give another name, or --overwrite")
+
+
+def is_replaceable(target: Path) -> bool:
+    """Tell whether nothing but a model, or nothing at all, is lost with a folder."""
+    if not target.is_dir():
+        return False
+    files = {path.name for path in target.iterdir()}
+    return not files or bool(files & {"model_index.json", "config.json"})
 
 
 def save_model(model: ModelMixin, folder: Path, *, with_half: bool = False) -> None:

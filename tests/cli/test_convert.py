@@ -237,9 +237,15 @@ def test_what_exists_is_replaced_only_on_request_and_whole(files, tmp_path):
     line = refused("movq", files / "movq.pt", out)
     assert "exists already; give another name, or --overwrite" in line
     assert (out / "mine.txt").read_text() == "mine"
+    line = refused("movq", files / "movq.pt", out, "--overwrite")
+    assert "is no model folder, which --overwrite replaces" in line
+    assert (out / "mine.txt").read_text() == "mine"
+    (out / "mine.txt").rename(out / "config.json")
     converted("movq", files / "movq.pt", out, "--overwrite")
-    assert not (out / "mine.txt").exists()
+    assert (out / "config.json").read_text() != "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    line = refused("original", out, tmp_path / "out", "--overwrite")
+    assert "is a folder; give the name of a file in it" in line
 
 
 @pytest.mark.parametrize("damage", ["wrong shape", "code", "truncated", "half precision overflow"])
