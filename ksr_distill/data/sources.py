@@ -85,9 +85,10 @@ def find_photos(folder: Path) -> list[SourceFile]:
     """
     suffixes = picture_suffixes()
     found = [
-        SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size)
+        SourceFile(path.relative_to(folder).as_posix(), path.stat().st_size if path.exists() else 0)
         for path in _walk(folder)
-        if path.suffix.lower() in suffixes
+        # A link to nothing is left out later, with a reason; reading a pipe would not end.
+        if path.suffix.lower() in suffixes and (path.is_file() or path.is_symlink())
     ]
     if not found:
         raise ValueError(

@@ -89,10 +89,12 @@ def test_broken_files_are_left_out_and_named_with_a_reason(tmp_path):
     (folder / "cut.jpg").write_bytes(content[: len(content) // 2])
     (folder / "text.png").write_text("no picture")
     (folder / "empty.webp").write_bytes(b"")
+    (folder / "link.png").symlink_to("nothing.png")
+    os.mkfifo(folder / "pipe.png")
     (folder / "notes.txt").write_text("not looked at")
     report = pack(folder, tmp_path / "out", val_fraction=0.0)
     assert report.num_pictures == {"train": 1, "val": 0}
-    assert [file for file, _ in report.skipped] == ["cut.jpg", "empty.webp", "text.png"]
+    assert [file for file, _ in report.skipped] == ["cut.jpg", "empty.webp", "link.png", "text.png"]
     assert all(reason.startswith("broken: ") for _, reason in report.skipped)
     again = pack(folder, tmp_path / "out", val_fraction=0.0)
     assert again == report
