@@ -42,7 +42,10 @@ def shell_commands():
                 yield tuple(words)
 
 
-COMMANDS = sorted(set(shell_commands()) | set(quickstart.commands(quickstart.TRAINED_TEACHER)))
+TEACHER = quickstart.TRAINED_TEACHER
+QUICKSTART = {quickstart.pack(), *quickstart.train_teacher(), *quickstart.distil(TEACHER),
+              quickstart.evaluate(TEACHER)}  # fmt: skip
+COMMANDS = sorted(set(shell_commands()) | QUICKSTART)
 
 
 def check_make(words):
