@@ -100,7 +100,7 @@ def test_with_four_levels_it_is_the_class_of_diffusers():
 
 
 def test_a_depth_for_each_level_is_wanted():
-    with pytest.raises(ValueError, match="give both one entry a level"):
+    with pytest.raises(ValueError, match="give both one entry for each level"):
         RefinerUNet(layers_per_block=[1, 1, 1], block_out_channels=[32, 64], groups=8)
 
 
