@@ -38,7 +38,7 @@ def as_rasters(image: Pictures) -> list[Raster]:
     if isinstance(image, Tensor):
         batch = image if image.ndim == 4 else image[None]
         return [TensorRaster(tensor_to_signed(one)) for one in batch]
-    if not isinstance(image, Sequence) or not image:
+    if not isinstance(image, Sequence) or isinstance(image, str) or not image:
         raise ValueError(
             f"image is {'an empty list' if image == [] else type(image).__name__}; give a PIL "
             "image, an array, a tensor, or a list of them"

@@ -3,7 +3,7 @@ import pytest
 import pyvips
 import torch
 
-from ksr_distill.inference.images import visible_colour
+from ksr_distill.inference.images import as_rasters, visible_colour
 from ksr_distill.inference.pictures import bleed
 
 RGBA = np.random.default_rng(0).integers(0, 256, (50, 70, 4), dtype=np.uint8)
@@ -31,3 +31,9 @@ def test_pictures_in_memory_bleed_as_files_do(kind):
     assert difference.max() <= 1
     if kind == "hole":
         assert np.abs(of_files[30, 40].astype(int) - rgba[30, 40, :3]).max() > 1  # it did bleed
+
+
+def test_the_name_of_a_file_is_no_picture():
+    unchecked = getattr(as_rasters, "__wrapped__", as_rasters)  # outside tests nobody checks types
+    with pytest.raises(ValueError, match="image is str; give a PIL image"):
+        unchecked("photo.jpg")
