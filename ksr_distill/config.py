@@ -75,7 +75,11 @@ def check_strategy(config: Mapping[str, Any], *, world_size: int) -> None:
     Raises:
         ValueError: One line: key, value, what is allowed, what to do.
     """
-    strategy = config["trainer"]["strategy"]
+    strategy, devices = config["trainer"]["strategy"], config["trainer"].get("devices")
+    if config["trainer"].get("accelerator") == "cpu" and isinstance(devices, int) and devices < 1:
+        raise ValueError(
+            f"trainer.devices={devices} is not allowed on a CPU; use a whole number ≥ 1, or auto"
+        )
     if strategy not in STRATEGIES:
         raise ValueError(
             f"trainer.strategy={strategy!r} would wrap both players as one; use auto (a DDP for "

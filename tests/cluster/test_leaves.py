@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from real_run import ROOT
 
-from ksr_distill.config import message_for_user
+from ksr_distill.config import check_strategy, message_for_user
 from ksr_distill.training.leaves import check_leaves
 
 
@@ -53,6 +53,13 @@ def test_a_foreign_class_is_refused_before_its_module_is_imported(config: DictCo
     OmegaConf.update(changed, "callbacks.health._target_", "no_such_module.Thing")
     with pytest.raises(ValueError, match="may not be instantiated"):
         check_leaves(changed)
+
+
+def test_all_devices_there_are_is_no_number_of_processes_on_a_cpu(config: DictConfig) -> None:
+    changed: Any = OmegaConf.to_container(config, resolve=True)
+    changed["trainer"]["devices"] = -1
+    with pytest.raises(ValueError, match=r"trainer\.devices=-1 is not allowed on a CPU; use"):
+        check_strategy(changed, world_size=1)
 
 
 def test_the_user_is_told_what_to_do_and_not_what_lies_beneath() -> None:
