@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from ksr_distill.inference.cpu import return_freed_memory
 from ksr_distill.inference.deepzoom import check_replaceable
 from ksr_distill.inference.enlarging import draw_seeds, resized
 from ksr_distill.inference.estimate import Estimate, check_disk, estimate_job
@@ -123,6 +124,8 @@ class Upscaler:
         if isinstance(enlarged, BlendedRaster):
             wait_until_whole(enlarged)
         result = resized(enlarged, picture.colour, settings.scale)
+        if workspace:
+            return_freed_memory()
         write_picture(result, picture, job.target, name=job.name, bits=bits)
         if workspace:
             workspace.remove()

@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import pytest
@@ -49,3 +50,30 @@ def test_tiles_in_bf16_are_kept_finer_than_bf16(monkeypatch, model_folder):
 def test_keeping_memory_is_safe_to_ask_for_anywhere(monkeypatch, platform):
     monkeypatch.setattr(sys, "platform", platform)
     cpu.keep_freed_memory()
+    cpu.return_freed_memory()
+
+
+KEEPS_THEN_RETURNS = """
+from ksr_distill.inference import cpu
+
+def resident_mb():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+cpu.keep_freed_memory()
+before = resident_mb()
+block = bytearray(b"x") * (200 << 20)
+del block
+kept = resident_mb() - before
+cpu.return_freed_memory()
+print(kept, resident_mb() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's memory")
+def test_memory_is_kept_for_the_next_tile_and_returned_when_asked():
+    told = subprocess.run(
+        [sys.executable, "-c", KEEPS_THEN_RETURNS], check=True, capture_output=True, text=True
+    )
+    kept, after = map(int, told.stdout.split())
+    assert kept > 150
+    assert after < 50

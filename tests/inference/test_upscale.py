@@ -396,6 +396,23 @@ def test_streamed_and_in_memory_are_the_same_file(ksr, photo, tmp_path, monkeypa
     assert not list(tmp_path.glob(".*"))
 
 
+def test_what_tiles_took_is_returned_before_a_large_file_is_written(
+    ksr, photo, tmp_path, monkeypatch
+):
+    order = []
+    write = upscale.write_picture
+    monkeypatch.setattr(upscale, "return_freed_memory", lambda: order.append("returned"))
+    monkeypatch.setattr(
+        upscale,
+        "write_picture",
+        lambda *args, **how: (order.append("written"), write(*args, **how)),
+    )
+    ksr(photo, "-o", tmp_path / "small.png")
+    monkeypatch.setattr(estimate, "STREAM_ABOVE_PX", 0)
+    ksr(photo, "-o", tmp_path / "large.png")
+    assert order == ["written", "returned", "written"]
+
+
 WORKER = """
 import sys, time
 from ksr_distill.cli import app
