@@ -192,6 +192,7 @@ def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) ->
     from hydra import compose, initialize_config_dir  # noqa: PLC0415 - inference never gets here
     from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: PLC0415
     from hydra.errors import HydraException  # noqa: PLC0415
+    from omegaconf import OmegaConf  # noqa: PLC0415
 
     texts = [text for text in arguments if not text.startswith("-")]
 
@@ -207,18 +208,28 @@ def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) ->
                     f"{override.input_line}: a plus adds a key that nobody reads; drop it to "
                     f"change {override.key_or_group}, or use it for {', '.join(EXTENSIBLE)}"
                 )
-        composed([o.input_line or "" for o in parsed if not o.is_sweep_override()])
+        config = composed([o.input_line or "" for o in parsed if not o.is_sweep_override()])
     except HydraException as error:
         try:
             known = composed([text for text in texts if text.startswith("+")])
         except HydraException:
             known = {}
         raise ValueError(explain(error, known)) from error
+    asks = {text for text in arguments if text.startswith("-")} - {"-m", "--multirun"}  # --help
+    if OmegaConf.is_missing(config, "name") and not asks:
+        experiments = ", ".join(
+            sorted(path.stem for path in (folder / "experiment").glob("*.yaml"))
+        )
+        raise ValueError(
+            "name is missing: it names the run's folder, and an experiment sets it; add "
+            f"+experiment= with one of {experiments}, or name=NAME"
+        )
 
 
 def explain(error: BaseException, known: Mapping[str, Any]) -> str:
     """Return Hydra's message in one line, with the key that was probably meant."""
     text = " ".join(one_line(part) for part in (error, error.__cause__) if part is not None)
+    text = text.partition(" Config search path:")[0]
     if "no viable alternative" in text or "mismatched input" in text:
         return f"{text}; quote values with braces, commas or spaces twice: 'key=\"a{{0..9}}\"'"
     missing = re.search(r"full_key: (\S+)", text)

@@ -125,6 +125,20 @@ def test_a_typo_in_any_group_is_answered_in_one_line(typo):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("arguments", [[], ["data.crop_px=64"], ["-m", "seed=1,2"]])
+def test_without_an_experiment_there_is_a_list_of_them(arguments):
+    with pytest.raises(ValueError, match=r"name is missing.*\+experiment= with one of ksr_flash, "):
+        check_overrides("train", arguments, CONF)
+    check_overrides("train", [*arguments, "--help"], CONF)
+    check_overrides("train", [*arguments, "name=mine"], CONF)
+
+
+def test_an_unknown_experiment_is_answered_without_the_search_path():
+    with pytest.raises(ValueError, match="Available options") as error:
+        check_overrides("train", ["+experiment=ksr_flsh"], CONF)
+    assert "provider" not in str(error.value)
+
+
 def test_sweeps_pass_the_check_of_overrides():
     arguments = ["-m", "+experiment=ksr_flash", "diffusion.num_inference_steps=1,2"]
     check_overrides("train", arguments, CONF)

@@ -52,8 +52,22 @@ class EnlargingPipeline(DiffusionPipeline):
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Return model_index.json, with this package's classes where a folder brings its own."""
-        return own_classes(cast(dict[str, Any], super().load_config(*args, **kwargs)))
+        """Return model_index.json, with this package's classes where a folder brings its own.
+
+        Raises:
+            ValueError: If the folder is another pipeline's: a teacher's weights also run as a
+                student's, and give a wrong picture.
+        """
+        index = own_classes(cast(dict[str, Any], super().load_config(*args, **kwargs)))
+        found = index.get("_class_name")
+        others = {c.__name__ for c in EnlargingPipeline.__subclasses__() if not issubclass(cls, c)}
+        if found in others:
+            folder = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            raise ValueError(
+                f"{folder} holds a {found}, not a {cls.__name__}; load it with "
+                f"{found}.from_pretrained"
+            )
+        return index
 
     def passes(self, scale: float | int, *, seed: int, **options: Any) -> list[TilePass]:
         """Return the passes that reach or exceed the scale, for ``run_passes``."""

@@ -119,6 +119,11 @@ class Tiling:
     overlap_px: int | None = None
     batch: int = 1
 
+    def __post_init__(self) -> None:
+        """Refuse a batch that no tile fits into."""
+        if self.batch < 1:
+            raise ValueError(f"tile_batch_size={self.batch} is not allowed; use a number ≥ 1")
+
     def plan(self, height: int, width: int, tile_pass: TilePass) -> TilePlan:
         """Return the tiles of a pass whose output has this size, before padding."""
         align = tile_pass.align

@@ -85,6 +85,13 @@ def test_a_saved_and_loaded_pipeline_gives_the_same_pixels(pipeline, folder, run
     assert {file.suffix for file in folder.rglob("*.*")} == {".json", ".safetensors"}
 
 
+def test_a_folder_of_the_other_kind_is_refused_with_the_class_that_loads_it(pipeline, folder):
+    kinds = {KSRFlashPipeline, KSRTeacherPipeline}
+    (other,) = kinds - {type(pipeline)}
+    with pytest.raises(ValueError, match=f"load it with {type(pipeline).__name__}"):
+        other.from_pretrained(folder)
+
+
 def test_optional_components_stay_away(flash, tmp_path):
     bare = KSRFlashPipeline(flash.sr)
     bare.save_pretrained(tmp_path)

@@ -69,6 +69,11 @@ class DoublingWithLittleMemory:
         return tiles.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
 
 
+def test_a_batch_without_tiles_is_refused():
+    with pytest.raises(ValueError, match="tile_batch_size=0 is not allowed; use a number ≥ 1"):
+        Tiling(64, batch=0)
+
+
 def test_out_of_memory_halves_the_batch_and_then_the_tile(caplog):
     with caplog.at_level(logging.WARNING):
         result = enlarged([DoublingWithLittleMemory(64 * 64)], tiling=Tiling(128, 16, batch=2))
