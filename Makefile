@@ -18,7 +18,7 @@ quickstart: $(VENV)/.installed-quickstart  ## Train, distil, export and use a sm
 	$(BIN)/python -m ksr_distill.quickstart
 
 test: $(VENV)/.installed-dev  ## Run the whole test suite.
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev  ## Run every check of pre-commit on every file.
 	$(BIN)/pre-commit run -a
