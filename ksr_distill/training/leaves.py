@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from ksr_distill.config import check_targets
 
 RANGES: dict[str, tuple[float, float]] = {
-    "flip_prob": (0, 1), "transpose_prob": (0, 1), "ema_decay": (0, 1),
+    "flip_prob": (0, 1), "transpose_prob": (0, 1), "detail_share": (0, 1), "ema_decay": (0, 1),
     "batch_size": (1, math.inf), "micro_batch_size": (1, math.inf),
     "val_batch_size": (1, math.inf), "num_val_pictures": (1, math.inf),
     "val_crop_px": (1, math.inf), "val_side_multiple": (1, math.inf),
