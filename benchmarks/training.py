@@ -5,9 +5,15 @@
     python -m benchmarks.training --tiny          # seconds on a CPU
     python -m benchmarks.training --mini --profile
     python -m benchmarks.training --compile-only  # minutes; the next start finds it compiled
+    python -m benchmarks.training --only 1 --add  # one case; the file's other rows stay
+    python -m benchmarks.training --also compile_networks=networks
 
-``ours`` is what conf/train.yaml sets; ``eager`` is the same algorithm without compilation, in
-PyTorch's own memory format, and ``recomputing`` with activation checkpointing of the student.
+Cases run at the same time, on a device each if there are as many, and are measured one after the
+other. Rows are written as they come: a run that is ended leaves what it had.
+
+``ours`` is what conf/train.yaml sets, with each kind of block compiled once; ``eager`` is the same
+algorithm without compilation, in PyTorch's own memory format, and ``recomputing`` with activation
+checkpointing of the student.
 TFLOP/s are those of convolutions and matrix products, counted in eager updates with the same
 draws, over the time of an update; their share is of a large bf16 product's.
 """
@@ -84,9 +90,10 @@ class Row(NamedTuple):
     share_of_matmul: float
     peak_gb: float
     matmul_tflops: float
+    overrides: str
 
 
-FULL = ("module=distillation", "model=ksr_x2", *STEADY)
+FULL = ("module=distillation", "model=ksr_x2", "compile_networks=blocks", *STEADY)
 TINY = ("model=tiny", "compile_networks=false")  # a CPU compiles for longer than a test may take
 CASES = {
     "full": (Case("full size", FULL, 16, 256), Case("full size", FULL, 4, 512)),
@@ -106,11 +113,14 @@ class Bench:
 
     Args:
         calls: Updates in a row; the counted ones are the same.
+        also: Overrides of conf/train.yaml beside the case's own.
     """
 
-    def __init__(self, case: Case, folder: Path, device: torch.device, *, calls: int) -> None:
-        config = composed(*case.overrides, f"teacher={folder}")
-        self.case, self.device, self.calls = case, device, calls
+    def __init__(
+        self, case: Case, folder: Path, device: torch.device, *, calls: int, also: Sequence[str]
+    ) -> None:
+        config = composed(*case.overrides, *also, f"teacher={folder}")
+        self.case, self.device, self.calls, self.also = case, device, calls, " ".join(also)
         if "distillation" in config["module"]["_target_"] and not (folder / "sr").exists():
             write_random_teacher(folder, config["model"], device)
         self.module = make_board(config, device)
@@ -172,7 +182,7 @@ class Bench:
         return Row(self.case.name, turn, mode, size, self.case.crop_px, times.seconds,
                    times.host_seconds, times.spread, size / times.seconds,
                    flops / times.seconds / 1e12, flops / times.seconds / self.rate,
-                   times.peak_gb, self.rate / 1e12)  # fmt: skip
+                   times.peak_gb, self.rate / 1e12, self.also)  # fmt: skip
 
 
 def recompute_activations(module: UpdateModule, yes: bool) -> None:
@@ -197,7 +207,7 @@ def run_case(
     with precision_of_training(device):
         with beside_others(options.lock):
             with phase(f"{name}: built"):
-                bench = Bench(case, folder, device, calls=options.calls)
+                bench = Bench(case, folder, device, calls=options.calls, also=options.also)
             with phase(f"{name}: counted"):
                 bench.count()
             bench.lay_out(torch.channels_last)
@@ -252,50 +262,108 @@ def alone(lock: Path | None) -> Iterator[None]:
         yield
 
 
-def run_here(case: Case, options: argparse.Namespace) -> list[Row]:
-    """Return one case's rows; write them to a file as they come, if there is one."""
+def run_here(
+    case: Case, options: argparse.Namespace, keep: Callable[[list[Row]], None]
+) -> list[Row]:
+    """Return one case's rows; hand them over as they come, too."""
     rows: list[Row] = []
 
-    def keep(found: list[Row]) -> None:
+    def take(found: list[Row]) -> None:
         rows[:] = found
-        if options.rows:
-            options.rows.write_text(json.dumps([row._asdict() for row in found]))
+        keep(found)
 
-    case = case._replace(overrides=(*case.overrides, *options.also))
     with tempfile.TemporaryDirectory() as scratch:
-        run_case(case, options, Path(scratch), keep)
+        run_case(case, options, Path(scratch), take)
     return rows
 
 
-def run_side_by_side(options: argparse.Namespace, numbers: Sequence[int]) -> list[Row]:
+def command_of(number: int, options: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the command that measures one case and writes its rows into the folder."""
+    flags = [f"--{name}" for name in ("profile", "quick", "compile-only")
+             if getattr(options, name.replace("-", "_"))]  # fmt: skip
+    return [sys.executable, "-m", "benchmarks.training", "--only", str(number),
+            "--rows", str(folder / f"{number}.json"),
+            "--device", options.device, "--calls", str(options.calls),
+            "--lock", str(options.lock or folder / "lock"), "--also", *options.also, *flags,
+            *([f"--{options.size}"] if options.size else [])]  # fmt: skip
+
+
+def device_of(number: int) -> dict[str, str]:
+    """Return the environment in which a case sees a device of its own, if there are several."""
+    count = torch.cuda.device_count()
+    if count < 2:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return {"CUDA_VISIBLE_DEVICES": visible.split(",")[number % count]}
+
+
+def run_side_by_side(
+    options: argparse.Namespace, numbers: Sequence[int], keep: Callable[[list[Row]], None]
+) -> list[Row]:
     """Return all cases' rows, from a process each: compiling takes most of the time.
 
     A case that is not ready in time is ended; what it had measured by then stays.
     """
+    threads = max(2, (os.cpu_count() or 2) // len(numbers))
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
+                   **os.environ}  # fmt: skip
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        arguments = ["--calls", str(options.calls), "--device", options.device,
-                     "--lock", str(options.lock or folder / "lock"), "--also", *options.also,
-                     *(f"--{name}" for name in ("profile", "quick", "compile-only")
-                       if getattr(options, name.replace("-", "_"))),
-                     *([f"--{options.size}"] if options.size else [])]  # fmt: skip
-        environment = {"TORCHINDUCTOR_COMPILE_THREADS": "6", "PYTHONUNBUFFERED": "1", **os.environ}
-        processes = []
-        for number in numbers:
-            command = [sys.executable, "-m", "benchmarks.training", "--only", str(number),
-                       "--rows", str(folder / f"{number}.json"), *arguments]  # fmt: skip
-            processes.append(subprocess.Popen(command, env=environment))
+        processes = [
+            subprocess.Popen(
+                command_of(number, options, folder), env={**environment, **device_of(number)}
+            )
+            for number in numbers
+        ]
         ends = time.monotonic() + options.limit_s
+        while any(process.poll() is None for process in processes) and time.monotonic() < ends:
+            time.sleep(2)
+            rows = keep_new(rows, rows_in(folder), keep)
         for process in processes:
-            try:
-                process.wait(timeout=max(0.1, ends - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-        rows = []
-        for number in numbers:
-            found = folder / f"{number}.json"
-            rows += [Row(**row) for row in json.loads(found.read_text())] if found.exists() else []
-    return rows
+            process.kill()
+            process.wait()
+        return keep_new(rows, rows_in(folder), keep)
+
+
+def keep_new(rows: list[Row], found: list[Row], keep: Callable[[list[Row]], None]) -> list[Row]:
+    """Return the found rows; hand them over if there are new ones."""
+    if found != rows:
+        keep(found)
+    return found
+
+
+def rows_in(folder: Path) -> list[Row]:
+    """Return what the cases have written so far."""
+    files = sorted(folder.glob("*.json"))
+    return [Row(**row) for file in files for row in json.loads(file.read_text())]
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Replace a file of rows in one piece: another process may be reading it."""
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps([row._asdict() for row in rows]))
+    new.replace(path)
+
+
+def joined(earlier: list[Row], rows: list[Row]) -> list[Row]:
+    """Return the rows after those earlier ones that they do not replace."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return row.case, row.batch_size, row.crop_px, row.what, row.mode
+
+    replaced = {key(row) for row in rows}
+    return [row for row in earlier if key(row) not in replaced] + rows
+
+
+def rows_of(path: Path) -> list[Row]:
+    """Return the rows of a run's results; none, if there are no results."""
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+
+
+def as_results(rows: list[Row]) -> dict[str, Any]:
+    """Return what the results' file says."""
+    return {**summary_of(rows), "rows": [row._asdict() for row in rows]}
 
 
 def print_table(rows: list[Row]) -> None:
@@ -317,7 +385,7 @@ def summary_of(rows: list[Row]) -> dict[str, float]:
     ours, eager = of("ours"), of("eager")
     gains = [eager[key].seconds / ours[key].seconds for key in ours if key in eager]
     return {
-        "share_of_matmul": min(row.share_of_matmul for row in ours.values()),
+        "share_of_matmul": min((row.share_of_matmul for row in ours.values()), default=math.nan),
         "speedup_over_eager": min(gains, default=math.nan),
         "matmul_tflops": statistics.median(row.matmul_tflops for row in rows),
     }
@@ -340,23 +408,31 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--also", nargs="*", default=[], help="overrides of conf/train.yaml")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--add", action="store_true", help="keep the file's rows of other cases")
     parser.add_argument("--lock", type=Path, help="file that benchmarks at one time share")
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     size = options.size or "full"
     numbers = options.only or range(len(CASES[size]))
-    if options.rows or len(numbers) == 1:
-        rows = run_here(CASES[size][numbers[0]], options)
+    if options.rows:
+        run_here(CASES[size][numbers[0]], options, partial(write_rows, options.rows))
+        return
+    name = "training" if size == "full" else f"training_{size}"
+    path = options.json or RESULTS / f"{name}.json"
+    earlier = rows_of(path) if options.add else []
+
+    def keep(rows: list[Row]) -> None:
+        write_results(path, as_results(joined(earlier, rows)))
+
+    if len(numbers) == 1:
+        rows = run_here(CASES[size][numbers[0]], options, keep)
     else:
-        rows = run_side_by_side(options, numbers)
-    if options.rows or options.compile_only:
+        rows = run_side_by_side(options, numbers, keep)
+    if options.compile_only:
         return
     print_table(rows)
     if not rows:
         raise SystemExit("error: no case was measured; what they said is above")
-    name = "training" if size == "full" else f"training_{size}"
-    results = {**summary_of(rows), "rows": [row._asdict() for row in rows]}
-    write_results(options.json or RESULTS / f"{name}.json", results)
 
 
 if __name__ == "__main__":

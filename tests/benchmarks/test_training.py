@@ -29,6 +29,22 @@ def test_training_benchmark_names_its_figures_and_its_machine(results):
     assert results["versions"]["torch"]
 
 
+def test_rows_of_another_call_stay_and_those_measured_again_do_not(results):
+    rows = [training.Row(**row) for row in results["rows"]]
+    again = [rows[-1]._replace(seconds=1.0)]
+    other = [rows[-1]._replace(crop_px=1)]
+    assert training.joined(rows, again) == rows[:-1] + again
+    assert training.joined(rows, other) == rows + other
+
+
+def test_worst_case_is_what_is_told(results):
+    rows = [training.Row(**row) for row in results["rows"]]
+    worse = [row._replace(crop_px=1, share_of_matmul=0.5 * row.share_of_matmul) for row in rows]
+    assert training.as_results(rows + worse)["share_of_matmul"] == pytest.approx(
+        0.5 * results["share_of_matmul"]
+    )
+
+
 def test_counted_operations_of_a_student_are_those_of_its_convolutions():
     unet = KSRUNet(base_channels=4, channel_multipliers=(1,), num_blocks=(1,),
                    time_embedding_dim=8, num_groups=2)  # fmt: skip
