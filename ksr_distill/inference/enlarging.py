@@ -133,11 +133,11 @@ class EnlargingPipeline(DiffusionPipeline):
             total=sum(len(plan) for pass_plans in plans for plan in pass_plans)
         ) as bar:
             options["on_tile"] = lambda _: bar.update()
-            results = [
+            results = (
                 self.enlarge(source, scale, seed=seed, tiling=tiling, **options)
                 for source, seed in zip(sources, seeds, strict=True)
-            ]
-        images = from_rasters(results, output_type, alphas(image))
+            )
+            images = from_rasters(results, output_type, alphas(image))
         self.maybe_free_model_hooks()
         # diffusers' annotation forgets that its own pipelines put tensors here, too.
         return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]

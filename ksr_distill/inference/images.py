@@ -1,7 +1,7 @@
 """What Python holds a picture in (PIL, numpy, torch), to rasters and back."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import PIL.Image
@@ -124,17 +124,18 @@ def tensor_to_signed(tensor: Tensor) -> Float[Tensor, "3 h w"]:
 
 
 def from_rasters(
-    rasters: Sequence[Raster], output_type: str, alphas: Sequence[Raster | None] | None = None
+    rasters: Iterable[Raster], output_type: str, alphas: Sequence[Raster | None]
 ) -> list[PIL.Image.Image] | list[np.ndarray] | list[Tensor] | np.ndarray | Tensor:
     """Return pictures as ``pil``, ``np`` or ``pt``; arrays are stacked where sizes agree.
 
     Args:
+        rasters: Asked for one by one: each is on the CPU before the next is made.
         alphas: Each source's transparency, of the source's size; PIL images get it, enlarged.
     """
     if output_type == "pil":
         return [
             PIL.Image.fromarray(with_alpha(raster, alpha))
-            for raster, alpha in zip(rasters, alphas or [None] * len(rasters), strict=True)
+            for raster, alpha in zip(rasters, alphas, strict=True)
         ]
     units = [to_unit(raster) for raster in rasters]
     alike = len({unit.shape for unit in units}) == 1
@@ -145,10 +146,10 @@ def from_rasters(
 
 
 def to_unit(raster: Raster) -> Float[Tensor, "3 H W"]:
-    """Return the whole raster in [0, 1]."""
+    """Return the whole raster in [0, 1], on the CPU."""
     whole = torch.cat(list(strips(raster, rows_at_once=ROWS_AT_ONCE)), dim=1)
     check_has_numbers(whole)
-    return (whole / 2 + 0.5).clamp_(0, 1)
+    return (whole / 2 + 0.5).clamp_(0, 1).cpu()
 
 
 def with_alpha(raster: Raster, alpha: Raster | None) -> UInt8[np.ndarray, "H W c"]:
@@ -170,7 +171,8 @@ def quantised(strip: Float[Tensor, "c h w"], *, bits: int) -> np.ndarray:
     check_has_numbers(strip)
     peak = 2**bits - 1
     unit = (strip.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)
-    return (unit * peak).round_().numpy().astype(np.uint8 if bits == 8 else np.uint16)
+    levels = (unit * peak).round_().to(torch.uint8 if bits == 8 else torch.float32)
+    return levels.cpu().numpy().astype(np.uint8 if bits == 8 else np.uint16, copy=False)
 
 
 def check_has_numbers(pixels: Float[Tensor, "c h w"]) -> None:

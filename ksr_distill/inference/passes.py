@@ -168,8 +168,8 @@ OpenStore = Callable[[TilePass, TilePlan], TileStore]
 
 
 def store_in_memory(tile_pass: TilePass, plan: TilePlan) -> TileStore:  # noqa: ARG001
-    """Return an empty store in memory."""
-    return MemoryStore()
+    """Return an empty store in memory: the device's for a single tile, the host's for many."""
+    return MemoryStore(stays_on_device=len(plan) == 1)
 
 
 def run_passes(

@@ -26,7 +26,7 @@ class Raster(Protocol):
         ...
 
     def read(self, window: Window) -> Float[Tensor, "c h w"]:
-        """Return a window that lies inside the picture: float32, on the CPU."""
+        """Return a window that lies inside the picture: float32, on the device it lies on."""
         ...
 
 
@@ -136,7 +136,8 @@ def weigh(
     pixels: Float[Tensor, "c h w"], index: Int[Tensor, "n k"], weights: Float[Tensor, "n k"]
 ) -> Float[Tensor, "c h n"]:
     """Return the last axis resampled, one tap after the other so that memory stays small."""
-    total = torch.zeros(*pixels.shape[:2], index.shape[0])
+    index, weights = index.to(pixels.device), weights.to(pixels.device)
+    total = torch.zeros(*pixels.shape[:2], index.shape[0], device=pixels.device)
     for tap in range(index.shape[1]):
         total += weights[:, tap] * pixels[:, :, index[:, tap]]
     return total

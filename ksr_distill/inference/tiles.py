@@ -162,8 +162,14 @@ class TileStore(Protocol):
 
 @dataclass(frozen=True)
 class MemoryStore:
-    """Tiles in memory, in the dtype that the network gave."""
+    """Tiles in memory, in the dtype that the network gave.
 
+    Attributes:
+        stays_on_device: Keep tiles where they were made. For one tile, which the next pass reads
+            there; many would fill a GPU.
+    """
+
+    stays_on_device: bool = False
     tiles: dict[int, Tensor] = field(default_factory=dict)
 
     def refresh(self) -> None:
@@ -175,7 +181,7 @@ class MemoryStore:
 
     def write(self, index: int, pixels: Float[Tensor, "c h w"]) -> None:
         """Keep a tile."""
-        self.tiles[index] = pixels.cpu()
+        self.tiles[index] = pixels if self.stays_on_device else pixels.cpu()
 
     def read_rows(self, index: int, top: int, bottom: int) -> Float[Tensor, "c h w"]:
         """Return rows [top, bottom) of a tile."""

@@ -18,7 +18,7 @@ WINOGRAD_CHANNELS = 256
 """From this width on Winograd's form is the faster one (measured on an H200; below it the
 transforms' memory traffic costs more than the products that they save)."""
 
-WINOGRAD_BYTES = 1 << 30
+WINOGRAD_BYTES = 1 << 29
 """Transformed tiles at once; a larger picture is worked on in bands."""
 
 TILES_AT_ONCE, TILE_CHANNELS = 4, 64
