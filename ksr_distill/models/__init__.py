@@ -5,7 +5,7 @@ from diffusers import ModelMixin
 
 from ksr_distill.models.critic import Critic, CriticHeads, judge
 from ksr_distill.models.refiner import RefinerContext, RefinerUNet
-from ksr_distill.models.unet import Encoded, KSRUNet
+from ksr_distill.models.unet import Encoded, KSRUNet, enlarge
 
 __all__ = [
     "Critic",
@@ -15,5 +15,6 @@ __all__ = [
     "ModelMixin",
     "RefinerContext",
     "RefinerUNet",
+    "enlarge",
     "judge",
 ]

@@ -26,7 +26,7 @@ from ksr_distill.losses import (
     weighted_l1,
     wgan_gp_head_penalty,
 )
-from ksr_distill.models import Critic, KSRUNet, judge
+from ksr_distill.models import Critic, KSRUNet, enlarge, judge
 from ksr_distill.randomness import Stream
 from ksr_distill.training.balance import GradientBalance
 from ksr_distill.training.base import UpdateModule
@@ -49,7 +49,7 @@ class Round:
     """One micro-batch on the table: what the student is given, and how the critic will look."""
 
     x_0: Float[Tensor, "b 3 H W"]
-    lowres: Float[Tensor, "b 3 h w"]
+    lowres: Float[Tensor, "b 3 H W"]  # enlarged
     x_t: Float[Tensor, "b 3 H W"]
     t: Int[Tensor, " b"]
     timestep: int  # all of t, on the host: nobody waits for the device
@@ -163,7 +163,7 @@ class DistillationModule(UpdateModule):
 
         The first timestep is pure noise either way: that is where sampling starts.
         """
-        x_0, lowres = batch
+        x_0, lowres = batch[0], enlarge(batch[1], batch[0])  # once: networks find it large enough
         draw_noise = noise_from(generator, x_0.shape, device=x_0.device)
         *earlier, timestep = self.timesteps[: index + 1]
         t = torch.full(x_0.shape[:1], timestep, device=x_0.device)

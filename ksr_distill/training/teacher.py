@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ksr_distill.diffusion import NoiseSchedule, student_timesteps
-from ksr_distill.models import KSRUNet
+from ksr_distill.models import KSRUNet, enlarge
 from ksr_distill.training.base import UpdateModule
 from ksr_distill.training.settings import PlayerOptim, require
 from ksr_distill.training.validation import (
@@ -79,7 +79,7 @@ class TeacherModule(UpdateModule):
 
     def loss(self, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
         """Return the distance of pred_x_0 to x_0 at random timesteps."""
-        x_0, lowres = batch
+        x_0, lowres = batch[0], enlarge(batch[1], batch[0])  # compiled alike for every scale
         t = self.draw_t(x_0, generator)
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         pred_x_0 = self.wrapped("teacher")(self.schedule.add_noise(x_0, eps, t), t, lowres)

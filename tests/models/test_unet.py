@@ -7,7 +7,7 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
-from ksr_distill.models import KSRUNet
+from ksr_distill.models import KSRUNet, enlarge
 from ksr_distill.models.blocks import ConvOfEnlarged, Enlarge, sinusoidal_embedding
 from ksr_distill.models.unet import check_unet_config
 from ksr_distill.models.weights import sr_unet_from_released
@@ -141,3 +141,11 @@ def test_weights_may_come_and_go_with_each_layers_call():
     cpu_offload(unet, execution_device=torch.device("cpu"))  # as in sequential offload
     assert {weight.device.type for weight in unet.parameters()} == {"meta"}
     assert torch.equal(unet(*inputs()), expected)
+
+
+def test_lowres_may_be_enlarged_before():
+    unet = KSRUNet(**TINY, predict_residual=True)
+    nn.init.normal_(unet.conv_out.weight)
+    x_t, lowres = torch.randn(2, 3, 16, 24), torch.rand(2, 3, 4, 6)
+    t = torch.tensor([979, 3])
+    assert torch.equal(unet(x_t, t, lowres), unet(x_t, t, enlarge(lowres, x_t)))
