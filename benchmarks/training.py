@@ -58,6 +58,7 @@ from benchmarks.measuring import (
 from benchmarks.profiling import print_profile
 from ksr_distill.training.arithmetic import ArithmeticCounter
 from ksr_distill.training.base import UpdateModule
+from ksr_distill.training.winograd import plain_convolutions
 from ksr_distill.types import Batch
 
 # Draws are a function of the update: all rows see the same. In these four the student is rolled out
@@ -143,7 +144,7 @@ class Bench:
         """Count the arithmetic of the updates that will be timed, on one picture of the batch."""
         whole, self.batch = self.batch, Batch(*(tensor[:1] for tensor in self.batch))
         torch.backends.cudnn.benchmark = False  # no trials of algorithms for shapes that come once
-        with torch.compiler.set_stance("force_eager"):
+        with plainly(self.module):
             for turn in self.turns:
                 with ArithmeticCounter() as counter:
                     for _ in range(self.calls):
@@ -173,7 +174,7 @@ class Bench:
 
     def eager_rows(self, mode: str, **how: Any) -> list[Row]:
         """Time turns without compilation."""
-        with torch.compiler.set_stance("force_eager"):
+        with plainly(self.module):
             return self.rows(mode, **how)
 
     def as_row(self, turn: str, mode: str, times: Times) -> Row:
@@ -183,6 +184,13 @@ class Bench:
                    times.host_seconds, times.spread, size / times.seconds,
                    flops / times.seconds / 1e12, flops / times.seconds / self.rate,
                    times.peak_gb, self.rate / 1e12, self.also)  # fmt: skip
+
+
+@contextmanager
+def plainly(module: UpdateModule) -> Iterator[None]:
+    """Let a module play without compilation, and convolve directly."""
+    with torch.compiler.set_stance("force_eager"), plain_convolutions(module):
+        yield
 
 
 def recompute_activations(module: UpdateModule, yes: bool) -> None:

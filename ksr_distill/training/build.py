@@ -14,18 +14,26 @@ from ksr_distill.models import Critic, KSRUNet
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.training.distillation import DistillationModule
 from ksr_distill.training.teacher import TeacherModule
+from ksr_distill.training.winograd import use_winograd
 
 N = TypeVar("N", bound=torch.nn.Module)
 
 
 def teacher_module(
-    *, model: dict[str, Any], channels_last: bool, gradient_checkpointing: bool, **rest: Any
+    *,
+    model: dict[str, Any],
+    channels_last: bool,
+    gradient_checkpointing: bool,
+    winograd: bool,
+    **rest: Any,
 ) -> TeacherModule:
     """Return the module of a teacher run: a new network, initialised from the seed alone."""
     with seeded_initialisation(rest["seed"]):
         unet = KSRUNet(**model)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    if winograd:
+        use_winograd(unet)
     return TeacherModule(unet=in_memory_format(unet, channels_last), **rest)
 
 
@@ -38,6 +46,7 @@ def distillation_module(
     num_inference_steps: int,
     channels_last: bool,
     gradient_checkpointing: bool,
+    winograd: bool,
     **rest: Any,
 ) -> DistillationModule:
     """Return the module of a distillation: student and critic's trunk start from the teacher.
@@ -46,6 +55,7 @@ def distillation_module(
         teacher: A model folder.
         dropout: Of the student; 0, or the steps would disagree with inference.
         gradient_checkpointing: In the student and in the trunk, which its gradient passes through.
+        winograd: Likewise.
     """
     folder = model_folder(teacher, key="teacher")
     trunk = KSRUNet.from_pretrained(folder, dropout=0.0)
@@ -53,6 +63,9 @@ def distillation_module(
     if gradient_checkpointing:
         trunk.enable_gradient_checkpointing()
         student.enable_gradient_checkpointing()
+    if winograd:
+        use_winograd(trunk)
+        use_winograd(student)
     with seeded_initialisation(rest["seed"]):
         critic = Critic(trunk, head_channels=head_channels, normalise_features=normalise_features)
     rest["record"] = {**rest["record"], "teacher_fingerprint": fingerprint(trunk)}
