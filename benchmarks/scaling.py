@@ -4,9 +4,10 @@
     python -m benchmarks.scaling --tiny            # one and two processes of a CPU (gloo)
 
 Each number of processes is a run of train.py under torchrun on shards of pictures, with the same
-batch for each process; speeds are those that the run itself logs, medians of its windows. Beside
-them a run of two processes is ended, continued by the same command, and its weights compared
-between the ranks.
+batch for each process; speeds are those that the run itself logs, medians of its windows. The most
+processes come first: what they compile, the others find. After them a run of two processes is
+ended, continued by the same command, and its weights compared between the ranks. Results are
+written as they come: a benchmark that is ended leaves what it had.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ QUIET = ("trainer.val_check_interval=1.0", "+trainer.enable_progress_bar=false",
 SIZES = {
     # What loads the links most: all gradients of the full-size network, with the least arithmetic.
     "full": ("module=teacher", "loss=denoising", "model=ksr_x2", "model.dropout=0.0",
-             "data.crop_px=256"),
+             "data.crop_px=256", "compile_networks=blocks"),
     "mini": ("+experiment=ksr_teacher_mini",),
     "tiny": ("module=teacher", "loss=denoising", "model=tiny", "data.crop_px=32", "trainer=cpu",
              "compile_networks=false", "data.num_workers=1"),
@@ -145,10 +147,15 @@ def speed_of(folder: Path, processes: int) -> dict[str, float]:
     }
 
 
-def measure_speed(options: argparse.Namespace, shards: str, folder: Path) -> list[dict[str, float]]:
-    """Return a row for each number of processes."""
-    rows = []
-    for processes in options.processes:
+def measure_speed(
+    options: argparse.Namespace,
+    shards: str,
+    folder: Path,
+    keep: Callable[[list[dict[str, float]]], None],
+) -> list[dict[str, float]]:
+    """Return a row for each number of processes; hand them over as they come, too."""
+    rows: list[dict[str, float]] = []
+    for processes in sorted(options.processes, reverse=True):
         overrides = [*SIZES[options.size], *QUIET, f"data.shards='{shards}'",
                      f"data.batch_size={options.batch * processes}",
                      f"num_updates={options.updates}",
@@ -157,9 +164,28 @@ def measure_speed(options: argparse.Namespace, shards: str, folder: Path) -> lis
             out = run(overrides, folder / f"speed{processes}", processes)
         row = speed_of(out, processes)
         row["equal_ranks"] = json.loads((out / "ranks.json").read_text())["equal"]
-        rows.append(row)
+        rows.insert(0, row)
         print(json.dumps(row), flush=True)
+        keep(rows)
     return rows
+
+
+def summary_of(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Return what the results' file says of the speeds."""
+    by_count = {row["processes"]: row for row in rows}
+    summary = {"rows": rows, "wait_share": max(row["wait_share"] for row in rows)}
+    if {1, 2} <= by_count.keys():
+        summary["two_gpu_speedup"] = by_count[2]["images_per_s"] / by_count[1]["images_per_s"]
+    return summary
+
+
+def print_table(rows: Sequence[dict[str, float]]) -> None:
+    """Print the rows as Markdown."""
+    print("| processes | images/s | updates/s | waits for data | GB | ranks equal |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for r in rows:
+        print(f"| {r['processes']} | {r['images_per_s']:.1f} | {r['updates_per_s']:.2f} "
+              f"| {r['wait_share']:.2%} | {r['memory_gb']:.1f} | {r['equal_ranks']} |")  # fmt: skip
 
 
 def check_resume(shards: str, folder: Path, *, on_cpu: bool) -> dict[str, Any]:
@@ -201,30 +227,28 @@ def main(arguments: list[str] | None = None) -> None:
         return
 
     began = time.perf_counter()
-    on_cpu = options.size == "tiny" or not torch.cuda.is_available()
+    name = "scaling" if options.size == "full" else f"scaling_{options.size}"
+    path = options.json or RESULTS / f"{name}.json"
     results: dict[str, Any] = {"size": options.size, "batch_per_process": options.batch}
+
+    def keep(rows: list[dict[str, float]]) -> None:
+        results.update(summary_of(rows))
+        write_results(path, results)
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "photos").mkdir()
         make_pictures(folder / "photos", Case("scaling", "jpg", 320, 256, 128))
         shards = pack(folder / "photos", folder / "shards", None)
+        rows = measure_speed(options, shards, folder, keep)
+        print_table(rows)
         if not options.no_resume:
+            on_cpu = options.size == "tiny" or not torch.cuda.is_available()
             with phase("two processes ended and continued"):
                 results["resume"] = check_resume(shards, folder, on_cpu=on_cpu)
             print(json.dumps(results["resume"]), flush=True)
-        results["rows"] = rows = measure_speed(options, shards, folder)
-    by_count = {row["processes"]: row for row in rows}
-    if {1, 2} <= by_count.keys():
-        results["two_gpu_speedup"] = by_count[2]["images_per_s"] / by_count[1]["images_per_s"]
-    results["wait_share"] = max(row["wait_share"] for row in rows)
-    print("| processes | images/s | updates/s | waits for data | GB | ranks equal |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for r in rows:
-        print(f"| {r['processes']} | {r['images_per_s']:.1f} | {r['updates_per_s']:.2f} "
-              f"| {r['wait_share']:.2%} | {r['memory_gb']:.1f} | {r['equal_ranks']} |")  # fmt: skip
+            keep(rows)
     print(f"{time.perf_counter() - began:.0f} s in all")
-    name = "scaling" if options.size == "full" else f"scaling_{options.size}"
-    write_results(options.json or RESULTS / f"{name}.json", results)
 
 
 if __name__ == "__main__":

@@ -67,14 +67,16 @@ class PerNetworkDDP(DDPStrategy):
         DDP lays out its buckets anew after the first backward. A resumed process would begin with
         the first layout again and sum in another order: on 3 and more ranks its first update
         differs in the last bits from the uninterrupted run's (measured). After the rehearsal both
-        have the second layout.
+        have the second layout. It is played as it is written: to compile all for its small
+        pictures would take as long as to compile for the training's.
         """
         module = self._networks_of_module()
-        for name, network in module.trainable_networks().items():
-            with self.precision_plugin.train_step_context():
-                loss = module.rehearsal_loss(name)
-            loss.backward()
-            network.zero_grad(set_to_none=True)
+        with torch.compiler.set_stance("force_eager"):
+            for name, network in module.trainable_networks().items():
+                with self.precision_plugin.train_step_context():
+                    loss = module.rehearsal_loss(name)
+                loss.backward()
+                network.zero_grad(set_to_none=True)
 
     @override
     def teardown(self) -> None:
