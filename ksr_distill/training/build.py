@@ -24,7 +24,7 @@ def teacher_module(
     model: dict[str, Any],
     channels_last: bool,
     gradient_checkpointing: bool,
-    winograd: bool,
+    winograd: bool | str,
     **rest: Any,
 ) -> TeacherModule:
     """Return the module of a teacher run: a new network, initialised from the seed alone."""
@@ -32,8 +32,7 @@ def teacher_module(
         unet = KSRUNet(**model)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if winograd:
-        use_winograd(unet)
+    use_winograd(unet, winograd)
     return TeacherModule(unet=in_memory_format(unet, channels_last), **rest)
 
 
@@ -46,7 +45,7 @@ def distillation_module(
     num_inference_steps: int,
     channels_last: bool,
     gradient_checkpointing: bool,
-    winograd: bool,
+    winograd: bool | str,
     **rest: Any,
 ) -> DistillationModule:
     """Return the module of a distillation: student and critic's trunk start from the teacher.
@@ -55,7 +54,7 @@ def distillation_module(
         teacher: A model folder.
         dropout: Of the student; 0, or the steps would disagree with inference.
         gradient_checkpointing: In the student and in the trunk, which its gradient passes through.
-        winograd: Likewise.
+        winograd: Likewise; see ``winograd.WAYS``.
     """
     folder = model_folder(teacher, key="teacher")
     trunk = KSRUNet.from_pretrained(folder, dropout=0.0)
@@ -63,9 +62,8 @@ def distillation_module(
     if gradient_checkpointing:
         trunk.enable_gradient_checkpointing()
         student.enable_gradient_checkpointing()
-    if winograd:
-        use_winograd(trunk)
-        use_winograd(student)
+    use_winograd(trunk, winograd)
+    use_winograd(student, winograd)
     with seeded_initialisation(rest["seed"]):
         critic = Critic(trunk, head_channels=head_channels, normalise_features=normalise_features)
     rest["record"] = {**rest["record"], "teacher_fingerprint": fingerprint(trunk)}

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ksr_distill.training.settings import require
+
 CHANNELS = 256
 """From this width on Winograd's form is the faster one: below it the transforms' memory traffic
 costs more than the products that they save (measured, ``inference.acceleration``)."""
@@ -32,15 +34,22 @@ FORWARD_SCALE = 1 / 4
 """Of the pixels, which norms have bounded: they may reach 13 000 before a tile overflows."""
 
 
+WAYS = (False, "pictures", "all")
+"""``winograd``: ``pictures`` takes estimates and gradients at pictures in this form, ``all`` the
+gradients at the weights too."""
+
+
 class WinogradConv2d(nn.Conv2d):
     """A 3×3 convolution; under a GPU's autocast and for large batches in Winograd's form."""
+
+    for_weights = False
 
     def forward(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
         """Return the convolution's result, in autocast's type where there is autocast."""
         if not self.suits(hidden):
             return super().forward(hidden)
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        output = winograd_conv2d(hidden, self.weight)
+        output = winograd_conv2d(hidden, self.weight, self.for_weights)
         return output if self.bias is None else output + self.bias.to(output.dtype)[:, None, None]
 
     def suits(self, hidden: Tensor) -> bool:
@@ -53,17 +62,27 @@ class WinogradConv2d(nn.Conv2d):
         )
 
 
-def use_winograd(network: nn.Module) -> None:
+class WinogradConv2dForAll(WinogradConv2d):
+    """The same, with the gradients at its weights in this form too."""
+
+    for_weights = True
+
+
+def use_winograd(network: nn.Module, way: bool | str) -> None:
     """Put Winograd's form in the place of wide 3×3 convolutions; they keep their weights.
 
     Raises:
-        ValueError: If there is a GPU, but nothing that compiles its kernels.
+        ValueError: If there is no such way, or a GPU, but nothing that compiles its kernels.
     """
+    require(way in WAYS, "winograd", way, "false, pictures or all")
+    if not way:
+        return
     if torch.cuda.is_available() and find_spec("triton") is None:
         raise ValueError(
-            "winograd=True needs Triton, which is not installed; install it, or use winograd=false"
+            f"winograd={way!r} needs Triton, which is not installed; install it, or use "
+            "winograd=false"
         )
-    _replace(network, nn.Conv2d, WinogradConv2d)
+    _replace(network, nn.Conv2d, WinogradConv2dForAll if way == "all" else WinogradConv2d)
 
 
 def _replace(network: nn.Module, old: type[nn.Conv2d], new: type[nn.Conv2d]) -> None:
@@ -93,26 +112,28 @@ def _of_same_weights(conv: nn.Conv2d, kind: type[nn.Conv2d]) -> nn.Conv2d:
 @contextmanager
 def plain_convolutions(*networks: nn.Module) -> Iterator[None]:
     """Let networks convolve directly for a while: to compare, or to count operations."""
-    mine = [network for network in networks if _has_winograd(network)]
-    for network in mine:
-        _replace(network, WinogradConv2d, nn.Conv2d)
+    parts = {type(part) for network in networks for part in network.modules()}
+    kinds = parts & {WinogradConv2d, WinogradConv2dForAll}
+    kind = kinds.pop() if kinds else nn.Conv2d
+    for network in networks:
+        _replace(network, kind, nn.Conv2d)
     try:
         yield
     finally:
-        for network in mine:
-            use_winograd(network)
-
-
-def _has_winograd(network: nn.Module) -> bool:
-    return any(isinstance(part, WinogradConv2d) for part in network.modules())
+        for network in networks:
+            _replace(network, nn.Conv2d, kind)
 
 
 # ---- the operators -------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("ksr_distill::winograd_conv2d", mutates_args=())
-def winograd_conv2d(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Return a 3×3 convolution with one pixel of padding, channels last, in the pixels' type."""
+def winograd_conv2d(hidden: Tensor, weight: Tensor, for_weights: bool) -> Tensor:  # noqa: ARG001
+    """Return a 3×3 convolution with one pixel of padding, channels last, in the pixels' type.
+
+    Args:
+        for_weights: Whether the gradient at the weights is taken in Winograd's form, too.
+    """
     if not hidden.is_cuda:
         with _in_own_types(hidden):
             return _channels_last(F.conv2d(hidden, weight.to(hidden.dtype), padding=1))
@@ -132,8 +153,16 @@ def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     return _convolve(gradient, taps, weight.shape[1], largest=largest)
 
 
+@torch.library.custom_op("ksr_distill::winograd_conv2d_weight_gradient", mutates_args=())
+def weight_gradient(hidden: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+    """Return the gradient at the weights of ``winograd_conv2d``."""
+    if not hidden.is_cuda:
+        return direct_weight_gradient(hidden, gradient, weight)
+    return _weight_gradient(hidden, gradient, like=weight)
+
+
 @winograd_conv2d.register_fake
-def _(hidden: Tensor, weight: Tensor) -> Tensor:
+def _(hidden: Tensor, weight: Tensor, for_weights: bool) -> Tensor:  # noqa: ARG001
     batch, _, height, width = hidden.shape
     return _empty(hidden, (batch, weight.shape[0], height, width))
 
@@ -144,23 +173,32 @@ def _(gradient: Tensor, weight: Tensor) -> Tensor:
     return _empty(gradient, (batch, weight.shape[1], height, width))
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:  # noqa: ARG001
-    hidden, weight = inputs
+@weight_gradient.register_fake
+def _(hidden: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG001
+    return torch.empty_like(weight)
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, bool], output: Tensor) -> None:  # noqa: ARG001
+    hidden, weight, ctx.for_weights = inputs
     ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     hidden, weight = ctx.saved_tensors
-    for_hidden, for_weight = ctx.needs_input_grad
+    needs_hidden, needs_weight, _ = ctx.needs_input_grad
     gradient = _channels_last(gradient)
-    at_weight = weight_gradient(hidden, gradient, weight) if for_weight else None
-    return input_gradient(gradient, weight) if for_hidden else None, at_weight
+    at_weight = weight_gradient if ctx.for_weights else direct_weight_gradient
+    return (
+        input_gradient(gradient, weight) if needs_hidden else None,
+        at_weight(hidden, gradient, weight) if needs_weight else None,
+        None,
+    )
 
 
 winograd_conv2d.register_autograd(_backward, setup_context=_keep_for_backward)
 
 
-def weight_gradient(hidden: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+def direct_weight_gradient(hidden: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
     """Return the gradient at the weights: cuDNN's, as autocast would take it."""
     like = torch.empty_like(weight, dtype=hidden.dtype)  # only its shape and layout are read
     _, at_weight, _ = torch.ops.aten.convolution_backward(
@@ -185,24 +223,73 @@ def _convolve(
     *,
     largest: Float[Tensor, ""] | None,
 ) -> Float[Tensor, "b c2 h w"]:
-    pixels = _channels_last(pixels)
-    batch, channels, height, width = pixels.shape
+    batch, _, height, width = pixels.shape
     num_tiles = batch * height * width // 16
     sizes = {"SCALED": largest is not None, "TILES": TILES_AT_ONCE, "CHANNELS": CHANNELS_AT_ONCE}
-    transformed = torch.empty(36, num_tiles, channels, dtype=torch.float16, device=pixels.device)
     rows = math.ceil(num_tiles / TILES_AT_ONCE)
     with torch.cuda.device_of(pixels):
-        _kernels().transform_input_kernel[(rows, channels // CHANNELS_AT_ONCE)](
-            pixels, largest, transformed, height, width, num_tiles, channels, FORWARD_SCALE, **sizes
-        )
-        with _in_own_types(pixels):
-            products = torch.bmm(transformed, taps)
+        transformed = _transformed_pixels(pixels, largest)
+        products = torch.empty(36, num_tiles, out_channels, dtype=taps.dtype, device=taps.device)
+        torch.bmm(transformed, taps, out=products)  # what is written out is not autocast's
         del transformed
         output = _empty(pixels, (batch, out_channels, height, width))
         _kernels().transform_output_kernel[(rows, out_channels // CHANNELS_AT_ONCE)](
             products, largest, output, width, num_tiles, out_channels, FORWARD_SCALE, **sizes
         )
     return output
+
+
+def _weight_gradient(
+    pixels: Float[Tensor, "b i h w"],
+    gradient: Float[Tensor, "b o h w"],
+    *,
+    like: Float[Tensor, "o i 3 3"],
+) -> Float[Tensor, "o i 3 3"]:
+    gradient = _channels_last(gradient)
+    largest = torch.linalg.vector_norm(gradient, math.inf)
+    batch, channels, height, width = gradient.shape
+    num_tiles = batch * height * width // 16
+    rows = math.ceil(num_tiles / TILES_AT_ONCE)
+    points = torch.empty(36, num_tiles, channels, dtype=torch.float16, device=pixels.device)
+    with torch.cuda.device_of(pixels):
+        _kernels().transform_gradient_kernel[(rows, channels // CHANNELS_AT_ONCE)](
+            gradient, largest, points, width, num_tiles, channels, TILES=TILES_AT_ONCE,
+            CHANNELS=CHANNELS_AT_ONCE,
+        )  # fmt: skip
+        # A sum over all tiles of a batch: too large for float16, and the taps are differences.
+        products = _float32_products(points.transpose(1, 2), _transformed_pixels(pixels, None))
+        out = torch.empty_like(like)
+        count = like.shape[0] * like.shape[1]
+        _kernels().transform_weight_gradient_kernel[(math.ceil(count / TAPS_AT_ONCE),)](
+            products, largest, out, count, like.shape[1], *out.stride(), FORWARD_SCALE,
+            BLOCK=TAPS_AT_ONCE,
+        )  # fmt: skip
+    return out
+
+
+def _float32_products(
+    one: Float[Tensor, "36 o t"], other: Float[Tensor, "36 t i"]
+) -> Float[Tensor, "36 o i"]:
+    if not one.is_cuda:
+        return torch.bmm(one.float(), other.float())
+    with torch.autocast("cuda", enabled=False):
+        return torch.bmm(one, other, out_dtype=torch.float32)
+
+
+def _transformed_pixels(
+    pixels: Float[Tensor, "b c h w"], largest: Float[Tensor, ""] | None
+) -> Float[Tensor, "36 t c"]:
+    """Return every tile at the 36 points, in float16."""
+    pixels = _channels_last(pixels)
+    batch, channels, height, width = pixels.shape
+    num_tiles = batch * height * width // 16
+    out = torch.empty(36, num_tiles, channels, dtype=torch.float16, device=pixels.device)
+    grid = (math.ceil(num_tiles / TILES_AT_ONCE), channels // CHANNELS_AT_ONCE)
+    _kernels().transform_input_kernel[grid](
+        pixels, largest, out, height, width, num_tiles, channels, FORWARD_SCALE,
+        SCALED=largest is not None, TILES=TILES_AT_ONCE, CHANNELS=CHANNELS_AT_ONCE,
+    )  # fmt: skip
+    return out
 
 
 def _transformed_weight(

@@ -16,6 +16,8 @@ import triton  # pyright: ignore[reportMissingImports] - comes with a GPU's torc
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from ksr_distill.inference.acceleration.kernels import (
+    ROOT_HALF,
+    ROOT_TWO,
     _evaluate_input,
     _evaluate_weight,
     _interpolate,
@@ -171,3 +173,133 @@ def transform_output_kernel(
     _store_row(out + line, C, scale, b0, b1, b2, b3, b4, b5)
     _store_row(out + 2 * line, C, scale, c0, c1, c2, c3, c4, c5)
     _store_row(out + 3 * line, C, scale, d0, d1, d2, d3, d4, d5)
+
+
+@no_type_check
+@triton.jit
+def _evaluate_gradient(y0, y1, y2, y3):
+    """Return Ay: four outputs' gradients at the six points."""
+    even_half, odd_half = y0 + 0.5 * y2, (y1 + 0.5 * y3) * ROOT_HALF
+    even_two, odd_two = y0 + 2.0 * y2, (y1 + 2.0 * y3) * ROOT_TWO
+    return (
+        y0,
+        even_half + odd_half,
+        even_half - odd_half,
+        even_two + odd_two,
+        even_two - odd_two,
+        y3,
+    )
+
+
+@no_type_check
+@triton.jit
+def _gradient_row(ptr, C, scale):
+    """Return a row's four pixels at the six points."""
+    y0 = tl.load(ptr).to(tl.float32) * scale
+    y1 = tl.load(ptr + C).to(tl.float32) * scale
+    y2 = tl.load(ptr + 2 * C).to(tl.float32) * scale
+    y3 = tl.load(ptr + 3 * C).to(tl.float32) * scale
+    return _evaluate_gradient(y0, y1, y2, y3)
+
+
+@no_type_check
+@triton.jit
+def _store_gradient_column(ptr, plane, y0, y1, y2, y3):
+    """Store four rows of one column at the six points, six planes apart."""
+    v0, v1, v2, v3, v4, v5 = _evaluate_gradient(y0, y1, y2, y3)
+    tl.store(ptr, v0)
+    tl.store(ptr + plane * 6, v1)
+    tl.store(ptr + plane * 12, v2)
+    tl.store(ptr + plane * 18, v3)
+    tl.store(ptr + plane * 24, v4)
+    tl.store(ptr + plane * 30, v5)
+
+
+@no_type_check
+@triton.jit(do_not_specialize=["width", "num_tiles"])
+def transform_gradient_kernel(
+    y_ptr, largest_ptr, out_ptr, width, num_tiles, C, TILES: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Write AyAᵀ of every tile, scaled: (36, tiles, channels). CHANNELS divides C."""
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)[:, None]
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    tile = tl.minimum(tile, num_tiles - 1)  # the last ones are made twice
+    y = tile // (width // 4) * 4
+    x = tile % (width // 4) * 4
+    scale = _scale_of(largest_ptr, 1.0, True)
+    line = width * C
+    ptr = y_ptr + y.to(tl.int64) * line + x * C + channel
+    a0, a1, a2, a3, a4, a5 = _gradient_row(ptr, C, scale)
+    b0, b1, b2, b3, b4, b5 = _gradient_row(ptr + line, C, scale)
+    c0, c1, c2, c3, c4, c5 = _gradient_row(ptr + 2 * line, C, scale)
+    d0, d1, d2, d3, d4, d5 = _gradient_row(ptr + 3 * line, C, scale)
+    plane = num_tiles.to(tl.int64) * C
+    ptr = out_ptr + tile.to(tl.int64) * C + channel
+    _store_gradient_column(ptr, plane, a0, b0, c0, d0)
+    _store_gradient_column(ptr + plane, plane, a1, b1, c1, d1)
+    _store_gradient_column(ptr + plane * 2, plane, a2, b2, c2, d2)
+    _store_gradient_column(ptr + plane * 3, plane, a3, b3, c3, d3)
+    _store_gradient_column(ptr + plane * 4, plane, a4, b4, c4, d4)
+    _store_gradient_column(ptr + plane * 5, plane, a5, b5, c5, d5)
+
+
+@no_type_check
+@triton.jit
+def _taps(u0, u1, u2, u3, u4, u5):
+    """Return Gᵀu: what six points say of three taps."""
+    half, two = u1 + u2, u3 + u4
+    return (
+        u0 - half * (1.0 / 1.5) + two * (1.0 / 6.0),
+        (u3 - u4) * (ROOT_TWO / 6.0) - (u1 - u2) * (ROOT_HALF / 1.5),
+        (two - half) * (1.0 / 3.0) + u5,
+    )
+
+
+@no_type_check
+@triton.jit
+def _taps_of_column(ptr, plane, mask):
+    """Return one column of points, its rows six planes apart, as three taps."""
+    u0 = tl.load(ptr, mask=mask, other=0.0)
+    u1 = tl.load(ptr + plane * 6, mask=mask, other=0.0)
+    u2 = tl.load(ptr + plane * 12, mask=mask, other=0.0)
+    u3 = tl.load(ptr + plane * 18, mask=mask, other=0.0)
+    u4 = tl.load(ptr + plane * 24, mask=mask, other=0.0)
+    u5 = tl.load(ptr + plane * 30, mask=mask, other=0.0)
+    return _taps(u0, u1, u2, u3, u4, u5)
+
+
+@no_type_check
+@triton.jit
+def _store_taps(ptr, stride_x, mask, scale, u0, u1, u2, u3, u4, u5):
+    g0, g1, g2 = _taps(u0, u1, u2, u3, u4, u5)
+    tl.store(ptr, g0 * scale, mask=mask)
+    tl.store(ptr + stride_x, g1 * scale, mask=mask)
+    tl.store(ptr + 2 * stride_x, g2 * scale, mask=mask)
+
+
+@no_type_check
+@triton.jit
+def transform_weight_gradient_kernel(
+    u_ptr, largest_ptr, out_ptr, count, C, stride_out, stride_in, stride_y, stride_x, scale,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write GᵀuG of every pair of channels, scaled back, from float32 (36, out, in).
+
+    Args:
+        scale: Of the pixels; that of the gradient follows from its largest value.
+    """
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < count
+    plane = count.to(tl.int64)
+    scale = 1.0 / (scale * _scale_of(largest_ptr, 1.0, True))
+    ptr = u_ptr + index
+    a0, b0, c0 = _taps_of_column(ptr, plane, mask)
+    a1, b1, c1 = _taps_of_column(ptr + plane, plane, mask)
+    a2, b2, c2 = _taps_of_column(ptr + plane * 2, plane, mask)
+    a3, b3, c3 = _taps_of_column(ptr + plane * 3, plane, mask)
+    a4, b4, c4 = _taps_of_column(ptr + plane * 4, plane, mask)
+    a5, b5, c5 = _taps_of_column(ptr + plane * 5, plane, mask)
+    ptr = out_ptr + (index // C).to(tl.int64) * stride_out + (index % C) * stride_in
+    _store_taps(ptr, stride_x, mask, scale, a0, a1, a2, a3, a4, a5)
+    _store_taps(ptr + stride_y, stride_x, mask, scale, b0, b1, b2, b3, b4, b5)
+    _store_taps(ptr + 2 * stride_y, stride_x, mask, scale, c0, c1, c2, c3, c4, c5)

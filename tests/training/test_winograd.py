@@ -61,6 +61,21 @@ def test_kernels_find_the_gradient_at_the_pixels_whatever_its_size(size):
 
 
 @needs_triton
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e6])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_kernels_find_the_gradient_at_the_weights(layout, size):
+    torch.manual_seed(0)
+    pixels, gradient = image(2, 16, 8, 12), size * image(2, 48, 8, 12)
+    like = torch.empty(48, 16, 3, 3, device=DEVICE).to(memory_format=layout)
+    found = winograd._weight_gradient(pixels, gradient, like=like)
+    expected = torch.nn.grad.conv2d_weight(
+        pixels.double(), like.shape, gradient.double(), padding=1
+    )
+    assert found.stride() == like.stride()
+    assert relative_error(found, expected) < 3e-3
+
+
+@needs_triton
 def test_gradients_that_are_zero_or_no_numbers_stay_so():
     taps = winograd._transformed_weight(torch.randn(16, 16, 3, 3, device=DEVICE), flipped=True)
     for value in (0.0, float("nan"), float("inf")):
@@ -84,10 +99,11 @@ def gradients_of(block, hidden, time):
     return [output, hidden.grad, *(parameter.grad for parameter in block.parameters())]
 
 
+@pytest.mark.parametrize("way", ["pictures", "all"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_block_and_its_gradients_stay_as_they_were(frozen):
+def test_a_block_and_its_gradients_stay_as_they_were(frozen, way):
     plain, ours = block_of(16), block_of(16)
-    use_winograd(ours)
+    use_winograd(ours, way)
     assert isinstance(ours.conv_1, WinogradConv2d)
     assert isinstance(ours.conv_2, WinogradConv2d)
     plain.requires_grad_(not frozen)
@@ -103,7 +119,7 @@ def test_a_block_and_its_gradients_stay_as_they_were(frozen):
 def test_only_wide_3x3_convolutions_change_and_come_back():
     block = block_of(16, resampling="down")
     weights = dict(block.named_parameters())
-    use_winograd(block)
+    use_winograd(block, "pictures")
     changed = {name for name, part in block.named_modules() if isinstance(part, WinogradConv2d)}
     assert changed == {"conv_1", "conv_2"}
     assert all(weights[name] is weight for name, weight in block.named_parameters())
@@ -111,6 +127,11 @@ def test_only_wide_3x3_convolutions_change_and_come_back():
         assert not any(isinstance(part, WinogradConv2d) for part in block.modules())
     assert isinstance(block.conv_1, WinogradConv2d)
     assert weights.keys() == dict(block.named_parameters()).keys()
+
+
+def test_a_way_that_does_not_exist_is_refused():
+    with pytest.raises(ValueError, match="winograd=True is not allowed; use false, pictures or"):
+        use_winograd(block_of(16), True)
 
 
 def test_a_picture_that_does_not_suit_is_convolved_directly():
