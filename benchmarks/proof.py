@@ -1,14 +1,22 @@
 r"""The numbers of docs/results.md: bicubic, a teacher and its students on sets of photos.
 
-    python -m benchmarks.proof --teacher exports/ksr_teacher_mini --students exports/flash_4 \
+    python -m benchmarks.proof --teacher mini_x2_teacher --students mini_x2 exports/flash_1 \
         --set Set5=~/benchmarks/Set5/x2 --set Set14=~/benchmarks/Set14/x2 --set photos=~/photos
 
-A set is a folder of NAME_HR.* beside NAME_LR.*, or of photos, which the bicubic recipe reduces. No
-picture is written. A minute on an H200 with a hundred steps of the teacher, hours on a CPU.
+A model is a folder, or the name of one that comes with the package. A set is a folder of NAME_HR.*
+beside NAME_LR.*, or of photos, which the bicubic recipe reduces. One command makes one section of
+docs/results.json, x2 for pairs of ×2, and leaves the others alone; a study of several students with
+as many steps has a section and names of its own:
+
+    python -m benchmarks.proof --section critic --teacher mini_x2_teacher --teacher-steps 100 \
+        --students shipped=mini_x2 without_features=exports/without_features --set …
+
+No picture is written. Minutes on an H200 with a hundred steps of the teacher, hours on a CPU.
 """
 
 import argparse
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -33,6 +41,7 @@ from ksr_distill.evaluation.upscalers import (
     build_baseline,
     build_upscalers,
 )
+from ksr_distill.inference.bundled import find_model
 from ksr_distill.inference.loading import pick_device
 from ksr_distill.levels import from_levels, round_to_8_bit
 from ksr_distill.randomness import Stream, generator_for
@@ -52,28 +61,38 @@ SEVERAL_SEEDS_UP_TO_STEPS = 8
 Means = dict[str, float]
 
 
-def model_specs(teachers: Sequence[str], steps: Sequence[int], students: Sequence[str]) -> list:
-    """Return what is compared: teacher_1, teacher_5, …, student_4, ….
+def model_specs(
+    teachers: Sequence[str],
+    students: Sequence[str],
+    *,
+    ddim_steps: Sequence[int],
+    dpm_steps: Sequence[int] = (),
+) -> list[ModelSpec]:
+    """Return what is compared: teacher_1, teacher_5, …, teacher_dpm_5, …, student_4, ….
 
     Args:
-        teachers: Folders, or NAME=FOLDER.
+        teachers: Models, or NAME=MODEL.
         students: Likewise; without a name, they are called by the number of their steps.
+        dpm_steps: Of DPM-Solver++, the released sampler; the others are DDIM's.
     """
     specs = []
     for teacher in teachers:
         name, path = named(teacher, "teacher")
-        specs += [ModelSpec(f"{name}_{n}", path, "ddim", n) for n in steps]
+        folder = find_model(path)
+        specs += [ModelSpec(f"{name}_{n}", folder, "ddim", n) for n in ddim_steps]
+        specs += [ModelSpec(f"{name}_dpm_{n}", folder, "dpm", n) for n in dpm_steps]
     for student in students:
         name, path = named(student, None)
-        count = len(read_index(path).get("student_timesteps", ()))
-        specs.append(ModelSpec(name or f"student_{count}", path))
+        folder = find_model(path)
+        count = len(read_index(folder).get("student_timesteps", ()))
+        specs.append(ModelSpec(name or f"student_{count}", folder))
     return specs
 
 
-def named(text: str, default: str | None) -> tuple[str | None, Path]:
-    """Split NAME=FOLDER."""
+def named(text: str, default: str | None) -> tuple[str | None, str]:
+    """Split NAME=FOLDER, with the user's ~ in the folder."""
     name, separator, path = text.rpartition("=")
-    return (name if separator else default), Path(path).expanduser()
+    return (name if separator else default), str(Path(path).expanduser())
 
 
 def load_set(folder: Path, scale: int) -> list[Pair]:
@@ -96,6 +115,7 @@ def measure_model(
     steps = upscaler.num_inference_steps
     draws = seeds if steps is not None and steps <= SEVERAL_SEEDS_UP_TO_STEPS else 1
     by_seed: list[Means] = []
+    peaks: list[float] = []
     by_step: dict[int, list[Means]] = {}
     for seed in range(draws):
         rows = []
@@ -108,8 +128,9 @@ def measure_model(
                     found = values(estimate, pair, number, scale, device)
                     by_step.setdefault(step, []).append(found)
         by_seed.append(means(rows))
+        peaks += [row["checkerboard_peak"] for row in rows]
     result: dict[str, Any] = {"num_inference_steps": steps, **means(by_seed)}
-    result["worst_checkerboard_peak"] = max(row["checkerboard_peak"] for row in rows)
+    result["worst_checkerboard_peak"] = max(peaks)
     if draws > 1:
         result["seed_spread"] = {
             key: statistics.stdev(one[key] for one in by_seed) for key in METRICS
@@ -150,7 +171,7 @@ def facts(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         else ""
     )
     return {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.proof", *sys.argv[1:]]),
         "scale": options.scale,
         "seeds": options.seeds,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
@@ -159,30 +180,51 @@ def facts(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Measure, print a table, write the JSON file."""
+def record(path: Path, section: str, document: Mapping[str, Any]) -> None:
+    """Write one section of the file of results; the others stay."""
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results[section] = document
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def parse_options() -> argparse.Namespace:
+    """Return what to compare, and on what."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", nargs="*", default=[], help="FOLDER or NAME=FOLDER")
-    parser.add_argument("--teacher-steps", type=int, nargs="*", default=[1, 5, 100])
-    parser.add_argument("--students", nargs="*", default=[], help="FOLDER or NAME=FOLDER")
+    parser.add_argument("--section", help="of the file; x2 for --scale 2")
+    parser.add_argument("--teacher", nargs="*", default=[], help="MODEL or NAME=MODEL")
+    parser.add_argument("--teacher-steps", type=int, nargs="*", default=[1, 5, 100], help="DDIM")
+    parser.add_argument(
+        "--teacher-dpm-steps", type=int, nargs="*", default=[5, 100], help="DPM-Solver++ (2M)"
+    )
+    parser.add_argument("--students", nargs="*", default=[], help="MODEL or NAME=MODEL")
     parser.add_argument("--set", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--scale", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3, help="of students and few-step teachers")
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path, default=Path("docs/results.json"))
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    """Measure, print a table, write the section."""
+    options = parse_options()
     diffusers.utils.logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
     device = pick_device(options.device)
-    specs = model_specs(options.teacher, options.teacher_steps, options.students)
+    specs = model_specs(
+        options.teacher,
+        options.students,
+        ddim_steps=options.teacher_steps,
+        dpm_steps=options.teacher_dpm_steps,
+    )
     upscalers = {"bicubic": build_baseline("bicubic", scale=options.scale)}
     upscalers |= build_upscalers(specs, scale=options.scale, device=device, half=False)
     sets: dict[str, Any] = {}
     print("| set | model | " + " | ".join(METRICS) + " | seconds |")
     for text in options.set:
-        name, folder = named(text, None)
-        pairs = load_set(folder, options.scale)
+        name, path = named(text, None)
+        pairs = load_set(Path(path), options.scale)
         models = {}
         for model, upscaler in upscalers.items():
             begin = time.perf_counter()
@@ -191,10 +233,9 @@ def main() -> None:
             )
             cells = " | ".join(f"{models[model][key]:.3f}" for key in METRICS)
             print(f"| {name} | {model} | {cells} | {time.perf_counter() - begin:.1f} |", flush=True)
-        sets[name or folder.name] = {"num_images": len(pairs), "models": models}
+        sets[name or Path(path).name] = {"num_images": len(pairs), "models": models}
         document = {"settings": facts(options, device), "sets": sets}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        record(options.json, options.section or f"x{options.scale}", document)
     print(options.json.resolve())
 
 

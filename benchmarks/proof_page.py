@@ -1,6 +1,6 @@
 """Fill docs/results.md from docs/results.json, so that no number in it is typed.
 
-Every part between <!-- begin NAME --> and <!-- end --> is made anew:
+Every part between <!-- begin SECTION PART --> and <!-- end --> is made anew from that section:
 
     python -m benchmarks.proof_page
 
@@ -10,12 +10,12 @@ With --check it writes nothing and ends with 1 where page and numbers disagree.
 import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 DOCS = Path(__file__).parents[1] / "docs"
-PART = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PART = re.compile(r"(<!-- begin (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLUMNS = (
     ("psnr_y", "PSNR-Y, dB", 2),
     ("top_octave_power_ratio", "top octave", 2),
@@ -24,6 +24,9 @@ COLUMNS = (
     ("checkerboard_peak", "peak", 2),
     ("worst_checkerboard_peak", "worst peak", 2),
 )
+
+COUNTED = re.compile(r"(teacher|teacher_dpm|student)_\d+")
+SAMPLERS = {"teacher_dpm": "teacher by DPM-Solver++"}
 
 Models = Mapping[str, Mapping[str, Any]]
 
@@ -44,11 +47,12 @@ def fill(page: str, results: Mapping[str, Any]) -> str:
     """Return the page with every generated part made anew.
 
     Raises:
-        ValueError: If a part has a name that nothing makes.
+        ValueError: If nothing makes a part of that name, or its section was not measured.
     """
     makers = {
         "how": how,
         "tables": tables,
+        "counts": counts,
         "steps": steps,
         "claims": claims_table,
         "spread": spread,
@@ -56,10 +60,15 @@ def fill(page: str, results: Mapping[str, Any]) -> str:
     }
 
     def made(match: re.Match[str]) -> str:
-        begin, name, end = match.groups()
+        begin, section, name, end = match.groups()
         if name not in makers:
             raise ValueError(f"{name} is no part of the page; use one of {', '.join(makers)}")
-        return f"{begin}{makers[name](results)}\n{end}"
+        if section not in results:
+            raise ValueError(
+                f"the page has a section {section} and the results have {', '.join(results)}; "
+                f"measure it by benchmarks.proof --section {section}"
+            )
+        return f"{begin}{makers[name](results[section])}\n{end}"
 
     return PART.sub(made, page)
 
@@ -67,7 +76,11 @@ def fill(page: str, results: Mapping[str, Any]) -> str:
 def how(results: Mapping[str, Any]) -> str:
     """Return on what the numbers were measured."""
     settings = results["settings"]
-    return f"Measured on {settings['device']} with {settings['software']}, ×{settings['scale']}."
+    commit = f", commit {settings['commit'][:7]}" if settings.get("commit") else ""
+    return (
+        f"Measured on {settings['device']} with {settings['software']}{commit}; "
+        f"×{settings['scale']}, {settings['seeds']} seeds of the noise."
+    )
 
 
 def tables(results: Mapping[str, Any]) -> str:
@@ -76,11 +89,32 @@ def tables(results: Mapping[str, Any]) -> str:
     for name, one in results["sets"].items():
         head = [f"**{name}**, {one['num_images']} images", *(title for _, title, _ in COLUMNS)]
         rows = [head, ["---"] * len(head)]
-        for model, values in one["models"].items():
-            cells = [f"{values[key]:.{digits}f}" for key, _, digits in COLUMNS]
-            rows.append([in_words(model), *cells])
-        blocks.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        rows += [[in_words(model), *cells_of(found)] for model, found in one["models"].items()]
+        blocks.append(as_table(rows))
     return "\n\n".join(blocks)
+
+
+def cells_of(found: Mapping[str, float], columns: int = len(COLUMNS)) -> list[str]:
+    """Return the first columns of a table's row."""
+    return [f"{found[key]:.{digits}f}" for key, _, digits in COLUMNS[:columns]]
+
+
+def as_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of cells in Markdown; the first two are the head and its rule."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def counts(results: Mapping[str, Any]) -> str:
+    """Return teacher and students by the number of their steps, all sets side by side."""
+    titles = " · ".join(title for _, title, _ in COLUMNS[:3])
+    sets = results["sets"]
+    rows = [["evaluations of the network", *(f"{name}: {titles}" for name in sets)]]
+    rows.append(["---"] * len(rows[0]))
+    for model in next(iter(sets.values()))["models"]:
+        if COUNTED.fullmatch(model):
+            found = (one["models"][model] for one in sets.values())
+            rows.append([in_words(model), *(" · ".join(cells_of(values, 3)) for values in found)])
+    return as_table(rows)
 
 
 def steps(results: Mapping[str, Any]) -> str:
@@ -89,12 +123,10 @@ def steps(results: Mapping[str, Any]) -> str:
     rows.append(["---"] * len(rows[0]))
     for name, one in results["sets"].items():
         for model, values in one["models"].items():
-            if not model.startswith("student"):
-                continue
-            for step, found in values.get("after_step", {}).items():
-                cells = [f"{found[key]:.{digits}f}" for key, _, digits in COLUMNS[:3]]
-                rows.append([name, in_words(model), step, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            if not model.startswith("teacher"):
+                for step, found in values.get("after_step", {}).items():
+                    rows.append([name, in_words(model), step, *cells_of(found, 3)])
+    return as_table(rows)
 
 
 def spread(results: Mapping[str, Any]) -> str:
@@ -116,15 +148,16 @@ def spread(results: Mapping[str, Any]) -> str:
 
 
 def commands(results: Mapping[str, Any]) -> str:
-    """Return the command that measured, as it was typed."""
-    return f"```bash\n{results['settings']['command']}\n```"
+    """Return the command that measured, an option a line."""
+    command = results["settings"]["command"].replace(" --", " \\\n    --")
+    return f"```bash\n{command}\n```"
 
 
 def claims_table(results: Mapping[str, Any]) -> str:
     """Return what was asked of the models, and what was measured."""
     rows = [["asked", "measured", "kept"], ["---"] * 3]
     rows += [[c.text, c.values, "yes" if c.is_kept else "**no**"] for c in claims(results)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return as_table(rows)
 
 
 def claims(results: Mapping[str, Any]) -> list[Claim]:
@@ -199,12 +232,13 @@ def student_claims(sets: Mapping[str, Models]) -> list[Claim]:
 
 
 def in_words(model: str) -> str:
-    """Return teacher_100 as `teacher, 100 steps`."""
+    """Return teacher_100 as `teacher, 100 steps`, and without_features as `without features`."""
     match = re.fullmatch(r"(.*)_(\d+)", model)
     if match is None:
-        return model
+        return model.replace("_", " ")
     name, count = match.groups()
-    return f"{name.replace('_', ' ')}, {count} step{'' if count == '1' else 's'}"
+    called = SAMPLERS.get(name, name.replace("_", " "))
+    return f"{called}, {count} step{'' if count == '1' else 's'}"
 
 
 def main() -> None:

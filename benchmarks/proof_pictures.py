@@ -1,14 +1,15 @@
 r"""The pictures of docs/results.md, drawn from photos of the scikit-image wheel.
 
     python -m benchmarks.proof_pictures --teacher mini_x2_teacher --students mini_x2 \
-        --curves teacher=outputs/ksr_teacher_mini/metrics.csv
+        --strip mini_x2 mini_x4 --curves teacher=outputs/ksr_teacher_mini/metrics.csv
+    python -m benchmarks.proof_pictures --scale 4 --teacher exports/teacher_x4 --students mini_x4
 
-No model was trained on these photos, and they may be shown. Some minutes on two CPU cores.
+No shipped model was trained on these photos, and they may be shown. Some minutes on two CPU cores.
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +19,13 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from benchmarks.proof import model_specs
+from benchmarks.proof_page import in_words
 from ksr_distill.data.sample_photos import SamplePhoto, locate
 from ksr_distill.degradation import BicubicDegradation
 from ksr_distill.evaluation.benchmark_images import as_picture, read_image
 from ksr_distill.evaluation.figures import ACCENTS, STYLE, read_curves
-from ksr_distill.evaluation.upscalers import ModelSpec, Upscaler, build_baseline, build_upscalers
+from ksr_distill.evaluation.upscalers import Upscaler, build_baseline, build_upscalers
 from ksr_distill.inference.bundled import find_model
 from ksr_distill.inference.loading import load_pipeline
 from ksr_distill.randomness import generator_for
@@ -31,6 +34,8 @@ CPU = torch.device("cpu")
 MARGIN_PX, LABEL_PX, CONTEXT_PX = 6, 22, 32
 WEBP = {"format": "WEBP", "quality": 92, "method": 6}
 STRIP_SOURCE_PX, STRIP_SHOWN_PX = 64, 256
+STRIP_SCALES = (2, 4, 8, 16)
+BICUBIC = Image.Resampling.BICUBIC
 CURVES = (
     "val/psnr_y",
     "val/top_octave_power_ratio",
@@ -82,10 +87,12 @@ def original(place: Place, *, context_px: int = 0) -> torch.Tensor:
     return part[..., :height, :width].contiguous()
 
 
-def compare(place: Place, upscalers: Mapping[str, Upscaler]) -> list[tuple[str, Image.Image]]:
-    """Return the place as each model makes it from its half, and the original."""
+def compare(
+    place: Place, upscalers: Mapping[str, Upscaler], scale: int = 2
+) -> list[tuple[str, Image.Image]]:
+    """Return the place as each model makes it from its half or quarter, and the original."""
     hires = original(place, context_px=CONTEXT_PX)
-    lowres = BicubicDegradation(2)(hires, generator=generator_for(0))
+    lowres = BicubicDegradation(scale)(hires, generator=generator_for(0))
     top, left = min(CONTEXT_PX, place.top), min(CONTEXT_PX, place.left)
 
     def shown(image: torch.Tensor) -> Image.Image:
@@ -100,21 +107,27 @@ def compare(place: Place, upscalers: Mapping[str, Upscaler]) -> list[tuple[str, 
     return [*made, ("original", shown(hires))]
 
 
-def strip(folder: Path) -> list[list[tuple[str, Image.Image]]]:
-    """Return a row of bicubic and one of the student: ×2, ×4, ×8, ×16 of ever smaller parts.
+def strip(folders: Mapping[str, Path]) -> list[list[tuple[str, Image.Image]]]:
+    """Return a row of bicubic and one of each student: ×2, ×4, ×8, ×16 of ever smaller parts.
 
-    The whole source is enlarged each time, and its middle shown at one size.
+    The whole source is enlarged each time, in passes of the student's own scale, and its middle
+    shown at one size.
     """
     source = as_picture(original(STRIP))
-    pipeline = load_pipeline(folder, device=CPU)
-    rows: list[list[tuple[str, Image.Image]]] = [[], []]
-    for scale in (2, 4, 8, 16):
-        side = STRIP_SOURCE_PX * scale
-        generator = torch.Generator().manual_seed(0)
-        ours = pipeline(source, scale=scale, generator=generator).images[0]
-        simple = source.resize((side, side), Image.Resampling.BICUBIC)
-        for row, name, image in zip(rows, ("bicubic", "student"), (simple, ours), strict=True):
-            row.append((f"{name} x{scale}", middle(image)))
+    rows = [
+        [
+            (f"bicubic ×{scale}", middle(source.resize([STRIP_SOURCE_PX * scale] * 2, BICUBIC)))
+            for scale in STRIP_SCALES
+        ]
+    ]
+    for name, folder in folders.items():
+        pipeline = load_pipeline(folder, device=CPU)
+        row = []
+        for scale in STRIP_SCALES:
+            generator = torch.Generator().manual_seed(0)
+            ours = pipeline(source, scale=scale, generator=generator).images[0]
+            row.append((f"{name} ×{scale}", middle(ours)))
+        rows.append(row)
     return rows
 
 
@@ -163,37 +176,44 @@ def write_curves(runs: Mapping[str, Path], path: Path) -> None:
     print(path, f"{path.stat().st_size / 1e3:.0f} kB", flush=True)
 
 
-def models_of(teacher: str | None, steps: Sequence[int], students: Sequence[str]) -> dict:
-    """Return bicubic, the teacher in so many steps, and the students, by their labels."""
-    specs = [] if teacher is None else [
-        ModelSpec(f"teacher, {n} step{'s' * (n > 1)}", find_model(teacher), "ddim", n)
-        for n in steps
-    ]  # fmt: skip
-    for student in students:
-        folder = find_model(student)
-        count = len(json.loads((folder / "model_index.json").read_text())["student_timesteps"])
-        specs.append(ModelSpec(f"student, {count} step{'s' * (count > 1)}", folder))
-    upscalers = {"bicubic": build_baseline("bicubic", scale=2)}
-    return upscalers | build_upscalers(specs, scale=2, device=CPU, half=False)
+def models_of(
+    teachers: Sequence[str], steps: Sequence[int], students: Sequence[str], scale: int
+) -> dict[str, Upscaler]:
+    """Return bicubic, the teacher in so many DDIM steps, and the students, by their labels."""
+    specs = [
+        replace(spec, name=in_words(spec.name))
+        for spec in model_specs(teachers, students, ddim_steps=steps)
+    ]
+    upscalers = {"bicubic": build_baseline("bicubic", scale=scale)}
+    return upscalers | build_upscalers(specs, scale=scale, device=CPU, half=False)
+
+
+def parse_options() -> argparse.Namespace:
+    """Return what to draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", nargs="*", default=[], help="MODEL or NAME=MODEL")
+    parser.add_argument("--teacher-steps", type=int, nargs="*", default=[1, 100])
+    parser.add_argument("--students", nargs="*", default=[], help="MODEL or NAME=MODEL")
+    parser.add_argument("--scale", type=int, default=2)
+    parser.add_argument("--strip", nargs="*", default=[], metavar="STUDENT")
+    parser.add_argument("--curves", nargs="*", default=[], metavar="RUN=FILE")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    return parser.parse_args()
 
 
 def main() -> None:
     """Draw what the options name."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", help="a folder, or the name of a model of the package")
-    parser.add_argument("--teacher-steps", type=int, nargs="*", default=[1, 100])
-    parser.add_argument("--students", nargs="*", default=[])
-    parser.add_argument("--curves", nargs="*", default=[], metavar="RUN=FILE")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    options = parser.parse_args()
-
+    options = parse_options()
     diffusers.utils.logging.disable_progress_bar()
     if options.teacher or options.students:
-        models = models_of(options.teacher, options.teacher_steps, options.students)
-        write_sheet([compare(place, models) for place in CROPS], options.out / "crops.webp")
-        write_sheet([compare(place, models) for place in DARK], options.out / "dark.webp")
-    if options.students:
-        write_sheet(strip(find_model(options.students[0])), options.out / "strip.webp")
+        scale, end = options.scale, f"x{options.scale}.webp"
+        models = models_of(options.teacher, options.teacher_steps, options.students, scale)
+        for name, places in (("crops", CROPS), ("dark", DARK)):
+            sheet = [compare(place, models, scale) for place in places]
+            write_sheet(sheet, options.out / f"{name}_{end}")
+    if options.strip:
+        folders = {Path(name).name: find_model(name) for name in options.strip}
+        write_sheet(strip(folders), options.out / "strip.webp")
     if options.curves:
         pairs = (text.partition("=") for text in options.curves)
         runs = {name: Path(file) for name, _, file in pairs}

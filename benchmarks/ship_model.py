@@ -1,10 +1,12 @@
-"""Put a model folder into the package, in half precision and with its card.
+"""Put model folders into the package, in half precision, and write every model's card anew.
 
-    ksr export outputs/ksr_flash_mini/checkpoints/last.ckpt exports/ksr_flash_mini
-    python -m benchmarks.ship_model exports/ksr_flash_mini mini_x2 --numbers student_4
+    ksr export outputs/ksr_flash_mini/checkpoints/last.ckpt exports/flash_4
+    python -m benchmarks.ship_model mini_x2=exports/flash_4
+    python -m benchmarks.proof --students mini_x2 …    # measures what is shipped
+    python -m benchmarks.ship_model                    # puts the numbers onto the cards
 
-benchmarks/shipped.json says how each was trained: what, data, commands, commit, note, by name.
-The numbers of the card come from docs/results.json.
+benchmarks/shipped.json says of each model what it is, how it was trained, and which rows of
+docs/results.json are its numbers.
 """
 
 import argparse
@@ -16,18 +18,20 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from benchmarks.proof_page import COLUMNS
+from benchmarks.proof_page import COLUMNS, as_table, cells_of, how, in_words
 from ksr_distill.export import FRONT_MATTER
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline
 from ksr_distill.inference.model_folders import halve, new_folder
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "ksr_distill" / "assets"
+FACTS = ROOT / "benchmarks" / "shipped.json"
+RESULTS = ROOT / "docs" / "results.json"
 LARGEST_BYTES = 16_000_000
 
 
-def ship(source: Path, name: str, card: str) -> Path:
-    """Write the package's model and return its folder.
+def ship(source: Path, name: str) -> Path:
+    """Write the package's model, without its card, and return its folder.
 
     Raises:
         ValueError: If it is larger than what the package carries.
@@ -39,12 +43,25 @@ def ship(source: Path, name: str, card: str) -> Path:
     target = ASSETS / name
     with new_folder(target, overwrite=True) as folder:
         pipeline.save_pretrained(folder)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        forget_origin(folder)
+        size = folder_bytes(folder)
         if size > LARGEST_BYTES:
             raise ValueError(f"{name} has {size} bytes, the package carries {LARGEST_BYTES}")
     check_halved(pipeline, target)
     return target
+
+
+def forget_origin(folder: Path) -> None:
+    """Take out of the configs where the model was loaded from: a path of another machine."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def check_halved(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -55,54 +72,67 @@ def check_halved(pipeline: DiffusionPipeline, folder: Path) -> None:
             raise ValueError(f"{folder} reads back otherwise than it was written: {name}")
 
 
-def card_of(name: str, numbers: str, facts: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+def card_of(name: str, facts: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Return the folder's README.
 
     Args:
-        numbers: The models of results.json that are this folder, by the beginning of their names.
+        facts: Of benchmarks/shipped.json. ``section`` and ``numbers`` say which rows of the results
+            are this folder's: a section, and how the names of its models begin.
+        results: All sections.
     """
-    head = ["set", "sampling", *(title for _, title, _ in COLUMNS)]
-    rows = [head, ["---"] * len(head)]
-    for set_name, one in results["sets"].items():
-        for model, values in one["models"].items():
-            if model.startswith(numbers):
-                cells = [f"{values[key]:.{digits}f}" for key, _, digits in COLUMNS]
-                rows.append([set_name, f"{values['num_inference_steps']} steps", *cells])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     commands = "\n".join(facts["commands"])
     return f"""{FRONT_MATTER}
 # {name}: {facts["what"]}
 
 `ksr upscale photo.jpg --model {name}`. float16 on the disk, averaged (EMA) weights.
 
-**Data.** {facts["data"]}
+## Data
+{facts["data"]}
 
-**How.** Commit {facts["commit"]}; {facts["note"]}
+## How it was made
+Commit {facts["commit"]}; {facts["note"]}
 
 ```bash
 {commands}
 ```
 
-**How good** (docs/results.md says how it was measured)
-
-{table}
+## How good
+{numbers_of(facts, results)}
 """
 
 
+def numbers_of(facts: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """Return the table of a card, or that nothing is measured yet."""
+    if facts["section"] not in results:
+        return "Not measured yet."
+    head = ["set", "sampling", *(title for _, title, _ in COLUMNS)]
+    rows = [head, ["---"] * len(head)]
+    section = results[facts["section"]]
+    for set_name, one in section["sets"].items():
+        for model, values in one["models"].items():
+            if model.startswith(facts["numbers"]):
+                rows.append([set_name, in_words(model), *cells_of(values)])
+    return f"{how(section)} The columns are explained in docs/results.md.\n\n{as_table(rows)}"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a file holds; nothing where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def main() -> None:
-    """Ship one model."""
+    """Ship the models that are named, and write all cards."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="made by ksr export")
-    parser.add_argument("name", help="in the package")
-    parser.add_argument("--numbers", required=True, help="its name in results.json, or a beginning")
-    parser.add_argument("--facts", type=Path, default=ROOT / "benchmarks" / "shipped.json")
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results.json")
+    parser.add_argument("models", nargs="*", metavar="NAME=FOLDER", help="made by ksr export")
     options = parser.parse_args()
-    facts = json.loads(options.facts.read_text(encoding="utf-8"))[options.name]
-    results = json.loads(options.results.read_text(encoding="utf-8"))
-    print(
-        ship(options.folder, options.name, card_of(options.name, options.numbers, facts, results))
-    )
+    facts, results = read_json(FACTS), read_json(RESULTS)
+    for name, _, folder in (text.partition("=") for text in options.models):
+        if name not in facts or facts[name]["commit"] is None:
+            raise SystemExit(f"error: {FACTS.name} has no {name} with a commit; write it there")
+        print(ship(Path(folder), name))
+    for folder in sorted(index.parent for index in ASSETS.glob("*/model_index.json")):
+        card = card_of(folder.name, facts[folder.name], results)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ def results(folders):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [
             "proof.py", "--teacher", str(folders / "teacher"), "--teacher-steps", "1", "2", "10",
-            "--students", str(folders / "one"), str(folders / "four"), "--set",
-            f"photos={folders / 'photos'}", "--seeds", "2", "--device", "cpu", "--json",
+            "--teacher-dpm-steps", "2", "--students", str(folders / "one"), str(folders / "four"),
+            "--set", f"photos={folders / 'photos'}", "--seeds", "2", "--device", "cpu", "--json",
             str(folders / "results.json"),
         ])  # fmt: skip
         proof.main()
@@ -51,9 +51,10 @@ def results(folders):
 
 @pytest.mark.slow
 def test_every_model_is_measured_on_every_image_and_students_after_each_step(results):
-    assert results["sets"]["photos"]["num_images"] == 2
-    models = results["sets"]["photos"]["models"]
-    names = ["bicubic", "teacher_1", "teacher_2", "teacher_10", "student_1", "student_4"]
+    assert results["x2"]["sets"]["photos"]["num_images"] == 2
+    models = results["x2"]["sets"]["photos"]["models"]
+    names = ["bicubic", "teacher_1", "teacher_2", "teacher_10", "teacher_dpm_2", "student_1",
+             "student_4"]  # fmt: skip
     assert list(models) == names
     assert list(models["student_4"]["after_step"]) == ["1", "2", "3", "4"]
     for values in models.values():
@@ -62,10 +63,36 @@ def test_every_model_is_measured_on_every_image_and_students_after_each_step(res
 
 @pytest.mark.slow
 def test_few_steps_are_drawn_several_times_and_many_once(results):
-    models = results["sets"]["photos"]["models"]
+    models = results["x2"]["sets"]["photos"]["models"]
     assert models["student_4"]["seed_spread"]["psnr_y"] > 0
     assert "seed_spread" not in models["teacher_10"]
     assert "seed_spread" not in models["bicubic"]
+
+
+@pytest.mark.slow
+def test_the_teacher_is_sampled_by_ddim_and_as_it_was_released(results):
+    models = results["x2"]["sets"]["photos"]["models"]
+    assert models["teacher_2"]["psnr_y"] != models["teacher_dpm_2"]["psnr_y"]
+    assert models["teacher_dpm_2"]["num_inference_steps"] == 2
+
+
+@pytest.mark.slow
+def test_the_command_is_written_down_as_it_was_typed(results):
+    assert results["x2"]["settings"]["command"].startswith("python -m benchmarks.proof --teacher ")
+
+
+def test_students_of_one_step_count_have_names_of_their_own(folders):
+    four = folders / "four"
+    specs = proof.model_specs([], [str(four), f"without_features={four}"], ddim_steps=[])
+    assert [spec.name for spec in specs] == ["student_4", "without_features"]
+    assert proof_page.in_words("without_features") == "without features"
+
+
+def test_a_section_is_replaced_and_the_others_stay(tmp_path):
+    file = tmp_path / "docs" / "results.json"
+    for section, number in (("x2", 1), ("x4", 2), ("x2", 3)):
+        proof.record(file, section, {"number": number})
+    assert json.loads(file.read_text()) == {"x2": {"number": 3}, "x4": {"number": 2}}
 
 
 def test_a_set_of_another_scale_is_refused(tmp_path):
@@ -77,14 +104,17 @@ def test_a_set_of_another_scale_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_page_is_filled_and_stays_so_and_an_unknown_part_is_named(results):
-    parts = ("how", "tables", "steps", "claims", "spread", "commands")
-    page = "\n".join(f"<!-- begin {part} -->\nold\n<!-- end -->" for part in parts)
+    parts = ("how", "tables", "counts", "steps", "claims", "spread", "commands")
+    page = "\n".join(f"<!-- begin x2 {part} -->\nold\n<!-- end -->" for part in parts)
     filled = proof_page.fill(page, results)
     assert "old" not in filled
     assert "| student, 4 steps |" in filled
+    assert "| teacher by DPM-Solver++, 2 steps |" in filled
     assert proof_page.fill(filled, results) == filled
     with pytest.raises(ValueError, match="sums is no part"):
-        proof_page.fill("<!-- begin sums -->\n<!-- end -->", results)
+        proof_page.fill("<!-- begin x2 sums -->\n<!-- end -->", results)
+    with pytest.raises(ValueError, match=r"section x4 and the results have x2; .* --section x4"):
+        proof_page.fill("<!-- begin x4 how -->\n<!-- end -->", results)
 
 
 def test_a_claim_is_kept_or_not_by_its_numbers():
@@ -119,6 +149,12 @@ def test_the_page_of_results_says_what_was_measured():
     assert proof_page.fill(page, results) == page
 
 
+def test_a_place_of_another_scale_is_shown_at_the_same_size():
+    place = proof_pictures.Place("chelsea", 100, 60, 32, 2)
+    shown = proof_pictures.compare(place, {"bicubic": build_baseline("bicubic", scale=4)}, 4)
+    assert [picture.size for _, picture in shown] == [(64, 64)] * 2
+
+
 def test_a_place_is_shown_by_each_model_and_as_it_was():
     place = proof_pictures.Place("chelsea", 100, 60, 32, 2)
     shown = proof_pictures.compare(place, {"bicubic": build_baseline("bicubic", scale=2)})
@@ -135,20 +171,30 @@ def test_curves_of_runs_are_drawn(tmp_path):
     assert Image.open(tmp_path / "curves.png").width > 300
 
 
-def test_a_shipped_model_is_half_as_large_and_loads_as_float32(
-    folders, results, tmp_path, monkeypatch
-):
+FACTS = {"what": "a student", "section": "x2", "numbers": "student_4", "data": "Noise.",
+         "commands": ["make it"], "commit": "abc", "note": "a test."}  # fmt: skip
+
+
+def test_a_shipped_model_is_half_as_large_and_loads_as_float32(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(ship_model, "ASSETS", tmp_path)
-    facts = {"what": "a student", "data": "Noise.", "commands": ["make it"], "commit": "abc",
-             "note": "a test."}  # fmt: skip
-    card = ship_model.card_of("mini_x2", "student_4", facts, results)
-    assert "| photos | 4 steps |" in card
-    assert "make it" in card
-    shipped = ship_model.ship(folders / "four", "mini_x2", card)
+    shipped = ship_model.ship(folders / "four", "mini_x2")
     weights = "sr/diffusion_pytorch_model.safetensors"
     assert (shipped / weights).stat().st_size < 0.6 * (folders / "four" / weights).stat().st_size
     assert KSRFlashPipeline.from_pretrained(shipped).sr.dtype == torch.float32
+    assert not [p for p in shipped.rglob("*.json") if str(folders) in p.read_text()]
     monkeypatch.setattr(ship_model, "LARGEST_BYTES", 1000)
     with pytest.raises(ValueError, match="the package carries 1000"):
-        ship_model.ship(folders / "four", "mini_x4", card)
+        ship_model.ship(folders / "four", "mini_x4")
     assert not (tmp_path / "mini_x4").exists()
+
+
+@pytest.mark.slow
+def test_a_card_has_the_numbers_of_its_own_model(results):
+    card = ship_model.card_of("mini_x2", FACTS, results)
+    assert "| photos | student, 4 steps |" in card
+    assert "student, 1 step" not in card
+    assert "make it" in card
+
+
+def test_a_card_before_the_measurement_says_so():
+    assert "Not measured yet." in ship_model.card_of("mini_x2", FACTS, {})
