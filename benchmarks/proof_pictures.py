@@ -1,7 +1,7 @@
 r"""The pictures of docs/results.md, drawn from photos of the scikit-image wheel.
 
     python -m benchmarks.proof_pictures --teacher mini_x2_teacher --students mini_x2 \
-        --strip mini_x2 mini_x4 --curves teacher=outputs/ksr_teacher_mini/metrics.csv
+        --strip mini_x2 mini_x4 --curves teacher teacher=outputs/ksr_teacher_mini/metrics.csv
     python -m benchmarks.proof_pictures --scale 4 --teacher exports/teacher_x4 --students mini_x4
 
 No shipped model was trained on these photos, and they may be shown. Some minutes on two CPU cores.
@@ -35,6 +35,7 @@ MARGIN_PX, LABEL_PX, CONTEXT_PX = 6, 22, 32
 WEBP = {"format": "WEBP", "quality": 92, "method": 6}
 STRIP_SOURCE_PX, STRIP_SHOWN_PX = 64, 256
 STRIP_SCALES = (2, 4, 8, 16)
+LINE = {"linewidth": 1.2, "marker": "o", "markersize": 2}
 BICUBIC = Image.Resampling.BICUBIC
 CURVES = (
     "val/psnr_y",
@@ -116,7 +117,7 @@ def strip(folders: Mapping[str, Path]) -> list[list[tuple[str, Image.Image]]]:
     source = as_picture(original(STRIP))
     rows = [
         [
-            (f"bicubic ×{scale}", middle(source.resize([STRIP_SOURCE_PX * scale] * 2, BICUBIC)))
+            (f"bicubic x{scale}", middle(source.resize([STRIP_SOURCE_PX * scale] * 2, BICUBIC)))
             for scale in STRIP_SCALES
         ]
     ]
@@ -126,7 +127,7 @@ def strip(folders: Mapping[str, Path]) -> list[list[tuple[str, Image.Image]]]:
         for scale in STRIP_SCALES:
             generator = torch.Generator().manual_seed(0)
             ours = pipeline(source, scale=scale, generator=generator).images[0]
-            row.append((f"{name} ×{scale}", middle(ours)))
+            row.append((f"{name} x{scale}", middle(ours)))
         rows.append(row)
     return rows
 
@@ -167,7 +168,7 @@ def write_curves(runs: Mapping[str, Path], path: Path) -> None:
             axes = figure.add_subplot(-(-len(found) // 3), 3, number + 1)
             for colour, (run, one) in zip(ACCENTS * 3, curves.items(), strict=False):
                 if key in one:
-                    axes.plot(*zip(*one[key], strict=True), color=colour, label=run, linewidth=1.2)
+                    axes.plot(*zip(*one[key], strict=True), color=colour, label=run, **LINE)
             axes.set_title(key, fontsize=9, loc="left")
             axes.set_xlabel("updates")
             axes.legend(frameon=False)
@@ -196,7 +197,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--students", nargs="*", default=[], help="MODEL or NAME=MODEL")
     parser.add_argument("--scale", type=int, default=2)
     parser.add_argument("--strip", nargs="*", default=[], metavar="STUDENT")
-    parser.add_argument("--curves", nargs="*", default=[], metavar="RUN=FILE")
+    parser.add_argument(
+        "--curves", nargs="+", action="append", default=[], metavar=("NAME", "RUN=FILE"),
+        help="a figure's name, and the runs in it; repeatable",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     return parser.parse_args()
 
@@ -214,10 +218,10 @@ def main() -> None:
     if options.strip:
         folders = {Path(name).name: find_model(name) for name in options.strip}
         write_sheet(strip(folders), options.out / "strip.webp")
-    if options.curves:
-        pairs = (text.partition("=") for text in options.curves)
-        runs = {name: Path(file) for name, _, file in pairs}
-        write_curves(runs, options.out / "curves.png")
+    for name, *texts in options.curves:
+        pairs = (text.partition("=") for text in texts)
+        runs = {run: Path(file) for run, _, file in pairs}
+        write_curves(runs, options.out / f"{name}.png")
 
 
 if __name__ == "__main__":
