@@ -37,7 +37,7 @@ from ksr_distill.training.hints import silence_hints
 from ksr_distill.training.launching import process_plugins, refuse_launcher_in_sweep
 from ksr_distill.training.leaves import check_leaves
 from ksr_distill.training.sharding import PerNetworkFSDP
-from ksr_distill.training.strategy import PerNetworkDDP
+from ksr_distill.training.strategy import PerNetworkDDP, leave_groups
 
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, MisconfigurationException)
 CONF = Path(__file__).resolve().parent / "conf"
@@ -60,9 +60,13 @@ def train(config: dict[str, Any], *, is_sweep: bool) -> None:
     module = build(record={"config": config})
     try:
         make_trainer(config).fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SystemExit:  # told to go, all ranks together
+        leave_groups()
+        raise
     except RuntimeError as error:
         explain_lost_worker(error)
         raise
+    leave_groups()
 
 
 def make_trainer(config: dict[str, Any]) -> Trainer:

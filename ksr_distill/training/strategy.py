@@ -4,6 +4,8 @@ The critic's turn reduces the critic's gradients and nothing else, without a sea
 parameters: one wrapper around both networks reduced 1809 of 1809 elements where the critic had 101.
 """
 
+import gc
+import weakref
 from datetime import timedelta
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -100,15 +102,27 @@ class HostAgreement:
 
     def __init__(self, trainer: pl.Trainer) -> None:
         """Open a group of its own; every rank has to do so at the same place."""
-        self._group = None
+        self._group: weakref.ref[dist.ProcessGroup] | None = None
         if dist.is_initialized():
             timeout = getattr(trainer.strategy, "timeout", None)
-            self._group = dist.new_group(backend="gloo", timeout=timeout)
+            group = dist.new_group(backend="gloo", timeout=timeout)
+            self._group = weakref.ref(group)  # or its threads would outlive leave_groups
 
     def largest(self, *values: int) -> list[int]:
         """Return each value's maximum over the ranks."""
         if self._group is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group())
         return tensor.tolist()
+
+
+def leave_groups() -> None:
+    """End all groups of processes and their threads; every rank has to have finished its work.
+
+    An interpreter that ends while gloo's threads still run could abort. Not after a lost rank: that
+    would wait for it.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()  # wrappers and hooks that refer to each other hold the group as well

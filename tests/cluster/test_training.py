@@ -1,5 +1,6 @@
 """The real train.py: killed anywhere, continued by the same command, equal bit for bit."""
 
+import os
 import random
 import signal
 import time
@@ -11,6 +12,8 @@ from processes import Processes, wait_until
 from real_run import NUM_PHOTOS, consumed, digest_of_run, run_train
 
 from ksr_distill.training.checkpoints import last_good_checkpoint
+from ksr_distill.training.distillation import DistillationModule
+from ksr_distill.training.preemption import EXIT_PREEMPTED
 
 BATCH = 12
 """Divisible by 1, 2, 3 and 4 processes, with 1 or 2 micro-batches."""
@@ -113,6 +116,38 @@ def kill_20_times(parts: Path, worlds: list[int], **run: Any) -> None:
         kills += 1
     assert kills >= 5
     Processes(worlds[0], run_train, parts, attempt=kills + 1, **run).succeed(600)
+
+
+def threads() -> list[str]:
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+
+def train_and_tell_threads(folder: Path, *, told_at: int | None, **run: Any) -> None:
+    critic_turn = DistillationModule.critic_turn
+
+    def told_turn(self: DistillationModule, *arguments: Any) -> Any:
+        if self.update == told_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.update == 1:
+            assert "gloo" in " ".join(threads())
+        return critic_turn(self, *arguments)
+
+    DistillationModule.critic_turn = told_turn
+    try:
+        run_train(folder, **run)
+    finally:
+        (folder / f"threads.{os.environ['RANK']}").write_text("\n".join(threads()))
+
+
+@pytest.mark.parametrize(("told_at", "code"), [(None, 0), (1, EXIT_PREEMPTED)])
+def test_a_process_leaves_without_threads_that_could_abort_it(
+    files: Path, tmp_path: Path, told_at: int | None, code: int
+) -> None:
+    how = {"files": files, "changes": saving_every(9), "told_at": told_at, "num_updates": 3}
+    running = Processes(2, train_and_tell_threads, tmp_path, **how)
+    assert running.wait(120) == [code] * 2, running.logs()
+    for rank in range(2):
+        assert "gloo" not in (tmp_path / f"threads.{rank}").read_text()
 
 
 def test_a_run_that_has_ended_is_not_trained_again(files: Path, tmp_path: Path) -> None:
