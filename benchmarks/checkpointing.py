@@ -1,12 +1,13 @@
-"""How long training stands still for a save, and which share of a run that is.
+"""How long training stands still for a save, which share of a run that is, and its memory.
 
-    python -m benchmarks.checkpointing                    # 413 M parameters: needs 16 GB of memory
-    python -m benchmarks.checkpointing --parameters 1e8
+    python -m benchmarks.checkpointing                             # 413 M: a minute on a GPU
+    python -m benchmarks.checkpointing model=mini_x2 critic=mini   # on a CPU
 
-A loop that never waits makes small updates while a state of the size of a full run's (the student,
-its average, two moments each, float32) is saved: in the foreground, and by the thread, as
-`callbacks.checkpoint.background_above_mb` chooses. Counted is what the loop lost in all, the copy
-and what the thread takes from it while it writes. On a GPU the state lies there.
+A distillation's module and optimisers are saved as `callbacks.checkpoint` does: weights, average
+and both players' moments, in the foreground, and by the thread, as `background_above_mb` chooses.
+Beside it a loop that never waits makes small updates: the worst case, for its host has no time to
+spare. Counted is what it lost in all, the copy and what the thread takes from it while it writes.
+Host memory is the whole machine's, without the disk's cache.
 """
 
 import argparse
@@ -14,38 +15,60 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import psutil
 import torch
 
+from benchmarks.boards import composed, make_board, write_random_teacher
 from benchmarks.measuring import RESULTS, phase, wait_for, write_results
+from ksr_distill.training.base import UpdateModule
 from ksr_distill.training.checkpoint_folder import path_of_update
 from ksr_distill.training.checkpoint_io import AtomicCheckpointIO
 
-FULL_SIZE = 413_205_251
-TENSORS = 400
-"""The full network has about as many."""
 INTERVALS_MIN = (2, 10, 30)
 SHARES = "".join(f" {minutes} min |" for minutes in INTERVALS_MIN)
-Pause = tuple[float, float, float]
+SAVES = {"foreground": 1, "background": 3}
+"""The first one by the thread pays for pinned memory; the others are as in a run."""
 
 
-def make_state(parameters: int, device: torch.device) -> dict[str, Any]:
-    """Return weights, average and both moments as a checkpoint holds them."""
-    size = parameters // TENSORS
+class Pause(NamedTuple):
+    """What a save cost, in seconds and GB.
 
-    def network() -> dict[str, torch.Tensor]:
-        return {f"layer.{i}": torch.rand(size, device=device) for i in range(TENSORS)}
+    Attributes:
+        pause_s: Between two updates.
+        lost_s: The pause, and what updates took longer until the file was on the disk.
+        on_disk_s: Until then.
+        host_gb: Of host memory more than before, at the highest.
+    """
 
-    moments = {
-        i: {"exp_avg": m, "exp_avg_sq": v}
-        for i, (m, v) in enumerate(zip(network().values(), network().values(), strict=True))
-    }
-    weights = {
-        f"{name}.{k}": v for name in ("student", "student_ema") for k, v in network().items()
-    }
-    return {"state_dict": weights, "optimizer_states": [{"state": moments}]}
+    pause_s: float
+    lost_s: float
+    on_disk_s: float
+    host_gb: float
+
+
+def make_module(overrides: Sequence[str], device: torch.device) -> UpdateModule:
+    """Return a distillation's module on the device, as conf/train.yaml has it, not compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = composed(f"teacher={folder}", "compile_networks=false", *overrides)
+        write_random_teacher(Path(folder), config["model"], device)
+        return make_board(config, device)
+
+
+def state_of(module: UpdateModule) -> dict[str, Any]:
+    """Return what a checkpoint of the module holds, with moments as after an update."""
+    optimizers = module.configure_optimizers()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    return {"state_dict": module.state_dict(), "optimizer_states": states}
 
 
 class Loop:
@@ -54,7 +77,7 @@ class Loop:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.matrix = torch.rand(256, 256, device=device)
-        self.mean_update_s(updates=300)
+        self.mean_update_s()
 
     def update(self) -> float:
         """Return how long an update took."""
@@ -64,65 +87,82 @@ class Loop:
         wait_for(self.device)
         return time.perf_counter() - began
 
-    def mean_update_s(self, *, updates: int) -> float:
+    def mean_update_s(self, *, seconds: float = 1.0) -> float:
         """Return how long an update takes now, beside whatever else the machine does."""
-        return statistics.mean(self.update() for _ in range(updates))
+        end, updates = time.perf_counter() + seconds, []
+        while time.perf_counter() < end:
+            updates.append(self.update())
+        return statistics.mean(updates)
 
 
 def save(loop: Loop, io: AtomicCheckpointIO, state: dict[str, Any], path: Path) -> Pause:
-    """Save between two updates; return seconds: of the pause, lost in all, until it is on the disk.
-
-    Lost is what the updates took until the file was on the disk, beyond what as many take before
-    and after it.
-    """
-    usual_s = loop.mean_update_s(updates=500)
+    """Save between two updates, and wait until it is on the disk."""
+    usual_s = loop.mean_update_s()
+    before = psutil.virtual_memory().used
     began = time.perf_counter()
     io.save_checkpoint(state, path)
-    pause = time.perf_counter() - began
-    meanwhile = []
+    pause_s = time.perf_counter() - began
+    meanwhile, used = [], psutil.virtual_memory().used
     while io.is_writing:
         meanwhile.append(loop.update())
+        if len(meanwhile) % 100 == 0:
+            used = max(used, psutil.virtual_memory().used)
     io.wait()
-    on_disk = time.perf_counter() - began
+    on_disk_s = time.perf_counter() - began
     if io.failure:
         raise OSError(io.failure)
-    usual_s = (usual_s + loop.mean_update_s(updates=500)) / 2
-    return pause, pause + sum(meanwhile) - len(meanwhile) * usual_s, on_disk
+    usual_s = (usual_s + loop.mean_update_s()) / 2
+    lost_s = pause_s + sum(meanwhile) - len(meanwhile) * usual_s
+    return Pause(pause_s, lost_s, on_disk_s, (used - before) / 1e9)
 
 
 def measure(name: str, io: AtomicCheckpointIO, loop: Loop, state: Any, folder: Path) -> Any:
-    """Save three times; the first pays for pinned memory, the others are as in a run."""
+    """Save so many times; the first is told apart where there are others."""
     pauses = []
-    for number in range(3):
+    for number in range(SAVES[name]):
         path = path_of_update(folder, number)
         pauses.append(save(loop, io, state, path))
         io.remove_checkpoint(path)
-    lost = statistics.mean(lost for _, lost, _ in pauses[1:])
+    later = pauses[1:] or pauses
+    lost_s = statistics.mean(pause.lost_s for pause in later)
     return {
         "mode": name,
-        "first_pause_s": round(pauses[0][0], 3),
-        "pause_s": round(statistics.mean(pause for pause, _, _ in pauses[1:]), 3),
-        "lost_s": round(lost, 3),
-        "on_disk_s": round(statistics.mean(on_disk for _, _, on_disk in pauses[1:]), 2),
+        "first_pause_s": round(pauses[0].pause_s, 3),
+        "pause_s": round(statistics.mean(pause.pause_s for pause in later), 3),
+        "lost_s": round(lost_s, 3),
+        "on_disk_s": round(statistics.mean(pause.on_disk_s for pause in later), 3),
+        "host_gb": round(pauses[0].host_gb, 1),
         "share_percent": {
-            str(minutes): round(100 * lost / (60 * minutes), 2) for minutes in INTERVALS_MIN
+            str(minutes): round(100 * lost_s / (60 * minutes), 2) for minutes in INTERVALS_MIN
         },
     }
 
 
-def main() -> None:
+def bytes_of(state: dict[str, Any]) -> int:
+    """Return the bytes of a checkpoint's tensors."""
+    moments = [
+        tensor
+        for optimizer in state["optimizer_states"]
+        for values in optimizer["state"].values()
+        for tensor in values.values()
+    ]
+    return sum(tensor.nbytes for tensor in [*state["state_dict"].values(), *moments])
+
+
+def main(arguments_given: Sequence[str] | None = None) -> None:
     """Measure both ways in the same run."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parameters", type=float, default=FULL_SIZE)
+    parser.add_argument("overrides", nargs="*", help="of conf/train.yaml")
     parser.add_argument("--folder", type=Path, help="where checkpoints go; a temporary folder")
     parser.add_argument("--json", type=Path, default=RESULTS / "checkpointing.json")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(arguments_given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        with phase("made the state"):
-            state, loop = make_state(int(arguments.parameters), device), Loop(device)
+        with phase("made the module"):
+            module = make_module(arguments.overrides, device)
+            state, loop = state_of(module), Loop(device)
         rows = []
         for name, above_mb in (("foreground", float("inf")), ("background", 0.0)):
             with phase(name):
@@ -130,12 +170,14 @@ def main() -> None:
                 rows.append(measure(name, io, loop, state, folder))
     finally:
         shutil.rmtree(folder)
-    gb = sum(t.nbytes for t in state["state_dict"].values()) * 2 / 1e9
-    print(f"\n{gb:.1f} GB | pause, s | lost in all, s | on the disk after, s | share every{SHARES}")
+    gb = round(bytes_of(state) / 1e9, 2)
+    columns = "pause, s | lost in all, s | on the disk after, s | host memory, GB"
+    print(f"\n{gb} GB | {columns} | share every{SHARES}")
     for row in rows:
-        shares = " | ".join(f"{share} %" for share in row["share_percent"].values())
-        print(f"{row['mode']} | {row['pause_s']} | {row['lost_s']} | {row['on_disk_s']} | {shares}")
-    write_results(arguments.json, {"state_gb": round(gb, 2), "rows": rows})
+        figures = [row[key] for key in ("mode", "pause_s", "lost_s", "on_disk_s", "host_gb")]
+        shares = [f"{share} %" for share in row["share_percent"].values()]
+        print(" | ".join(map(str, [*figures, *shares])))
+    write_results(arguments.json, {"overrides": arguments.overrides, "state_gb": gb, "rows": rows})
 
 
 if __name__ == "__main__":
