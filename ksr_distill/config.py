@@ -19,6 +19,13 @@ EXTENSIBLE = ("experiment", "sweep", "launcher", "trainer", "callbacks", "logger
 
 STRATEGIES = ("auto", "fsdp")
 
+PRECISIONS = ("bf16-mixed", "bf16", "32-true", "32", 32)
+"""In float16 gradients come scaled, and would be clipped so; weights stay in float32 throughout."""
+
+SHORTENING = ("max_steps", "min_steps", "max_time", "limit_train_batches", "overfit_batches",
+              "fast_dev_run")  # fmt: skip
+"""Of Lightning's Trainer: a run ended by them looks like one that has finished."""
+
 MIN_CROP_PX = 32
 """A tile of `evaluation.metrics.spectral_prominence`."""
 
@@ -36,6 +43,8 @@ def check_train_config(config: Mapping[str, Any]) -> None:
         ValueError: One line: key, value, what is allowed, what to do.
     """
     check_targets(config)
+    check_trainer(config["trainer"])
+    check_run_folder(config)
     check_whole_number(config, "num_updates", at_least=1)
     check_whole_number(config, "scale", at_least=2)
     check_whole_number(config, "seed", at_least=0)
@@ -66,6 +75,39 @@ def check_train_config(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"validate_every={config['validate_every']} is more than num_updates="
             f"{config['num_updates']}, so the run would never be validated; use at most the latter"
+        )
+
+
+def check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Refuse what Lightning's Trainer takes and this training cannot be run with."""
+    if trainer.get("precision") not in PRECISIONS:
+        raise ValueError(
+            f"trainer.precision={trainer.get('precision')!r} is not allowed: networks are trained "
+            "in float32 weights without scaled gradients; use bf16-mixed, or 32-true"
+        )
+    for key in SHORTENING:
+        if trainer.get(key) is not None:
+            raise ValueError(
+                f"trainer.{key}={trainer[key]!r} would end a run as if it had finished; leave it "
+                "out and set num_updates"
+            )
+    devices = trainer.get("devices")
+    is_list = isinstance(devices, str) and devices.replace(",", "").replace("-", "").isdigit()
+    if isinstance(devices, str) and devices != "auto" and not is_list:
+        raise ValueError(
+            f"trainer.devices={devices!r} is not allowed; use auto, a number, or a list as [0,1]"
+        )
+
+
+def check_run_folder(config: Mapping[str, Any]) -> None:
+    """Refuse a run that has no folder of its own, or leaves nothing there to go on from."""
+    for key in ("name", "run_dir"):
+        if not str(config[key]).strip("/. "):
+            raise ValueError(f"{key}={config[key]!r} is no folder of its own; give the run one")
+    if not config["callbacks"].get("checkpoint"):
+        raise ValueError(
+            "callbacks.checkpoint is taken out: nothing of the run would be kept; leave it in, and "
+            "raise callbacks.checkpoint.every_updates to save rarely"
         )
 
 

@@ -75,6 +75,13 @@ def test_every_option_of_every_group_composes(group, option, teacher):
         (["teacher=null"], "teacher=null: a distillation needs a teacher"),
         (["callbacks.health._target_=os.system"], "callbacks.health._target_=os.system"),
         (["data._target_=torch.load"], "may not be instantiated"),
+        (["~callbacks.checkpoint"], "callbacks.checkpoint is taken out"),
+        (["callbacks.checkpoint=null"], "callbacks.checkpoint is taken out"),
+        (["run_dir=''"], "run_dir='' is no folder of its own"),
+        (["name=''"], "name='' is no folder of its own"),
+        (["trainer.precision=16-mixed"], "trainer.precision='16-mixed' is not allowed"),
+        (["trainer.devices=two"], "trainer.devices='two' is not allowed; use auto"),
+        (["+trainer.max_steps=3"], "trainer.max_steps=3 would end a run as if it had finished"),
     ],
 )
 def test_what_groups_cannot_know_is_refused_by_key(overrides, message, teacher):

@@ -4,6 +4,7 @@ YAML takes ``1O`` for a text and ``-4`` for a number; without this a typo ends i
 deep inside, or trains on something else.
 """
 
+import difflib
 import inspect
 import math
 import re
@@ -57,11 +58,22 @@ def check_leaves(config: DictConfig) -> None:
     nodes = sorted(_nodes(resolved), key=lambda node: node[0][0] == "module")  # it borrows others'
     for path, node in nodes:
         hints = _hints_of(str(node["_target_"]))
+        for name in node.keys() - hints.keys():
+            if not name.startswith("_"):
+                raise ValueError(explain_unknown(".".join((*path, name)), node[name], list(hints)))
         for name in node.keys() & hints.keys():
             key = _set_as(written, (*path, name))
             if node[name] is None and key == "teacher":
                 continue  # has a longer answer in check_train_config
             _check(key, node[name], hints[name])
+
+
+def explain_unknown(key: str, value: Any, names: Sequence[str]) -> str:
+    """Return the message for a key, added by a plus, that its class does not take."""
+    *parents, name = key.split(".")
+    close = difflib.get_close_matches(name, names, n=1)
+    nearest = f"{'.'.join([*parents, close[0]])}" if close else ", ".join(sorted(names))
+    return f"{key}={_shown(value)} is not allowed; use {nearest}"
 
 
 def _check(key: str, value: Any, hint: Any) -> None:
@@ -135,7 +147,12 @@ def _set_as(written: Any, path: tuple[str, ...]) -> str:
 def _hints_of(target: str) -> dict[str, Any]:
     """Return the annotations of all arguments, those handed on as ``**rest`` too."""
     module, _, name = target.rpartition(".")
-    function = getattr(import_module(module), name)
+    try:
+        function = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"_target_={target} cannot be used ({error}); use a class that is there"
+        ) from error
     hints = {} if isinstance(function, type) else get_type_hints(function)
     made = hints.pop("return", None) if hints else function
     for kind in reversed(inspect.getmro(made) if isinstance(made, type) else ()):

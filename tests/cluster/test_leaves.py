@@ -34,6 +34,7 @@ WRONG = [
     ("trainer.precision", "bf15"), ("trainer.num_nodes", "two"), ("callbacks.health", 3),
     ("callbacks.checkpoint.mode", "up"), ("callbacks.checkpoint.every_updates", 0),
     ("callbacks.stall.timeout_s", 0), ("logger.csv.folder", 3),
+    ("trainer.max_step", 3), ("callbacks.speed.every", 3),
 ]  # fmt: skip
 
 
@@ -53,6 +54,14 @@ def test_a_foreign_class_is_refused_before_its_module_is_imported(config: DictCo
     OmegaConf.update(changed, "callbacks.health._target_", "no_such_module.Thing")
     with pytest.raises(ValueError, match="may not be instantiated"):
         check_leaves(changed)
+
+
+def test_a_class_that_is_not_there_is_named(config: DictConfig) -> None:
+    for target in ("ksr_distill.no_such.Thing", "ksr_distill.config.Thing", "ksr_distill."):
+        changed = config.copy()
+        OmegaConf.update(changed, "callbacks.health._target_", target)
+        with pytest.raises(ValueError, match=f"_target_={target} cannot be used"):
+            check_leaves(changed)
 
 
 def test_all_devices_there_are_is_no_number_of_processes_on_a_cpu(config: DictConfig) -> None:
