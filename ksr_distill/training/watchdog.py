@@ -28,6 +28,7 @@ STARTING = "is loading weights or data"
 LOADER = "waits for its loader (data.num_workers, the shards' file system) or for a save"
 UPDATE = "is inside an update (its own, or waiting for another rank)"
 VALIDATION = "is inside validation"
+ENDING = "is ending after an error"
 
 
 class StallWatchdog(Callback):
@@ -115,10 +116,17 @@ class StallWatchdog(Callback):
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """When a collective fails, say which ranks are gone: its own error names a socket."""
+        """When a collective fails, say which ranks are gone: its own error names a socket.
+
+        Among several processes the watch goes on: moving networks off a device, or closing NCCL,
+        may wait for a lost rank for ever.
+        """
         if self._world > 1 and isinstance(exception, RuntimeError):
             log.error("%s", self.state_of_ranks())
-        self.stop()
+        if self._world > 1 and isinstance(exception, Exception):
+            self._at(ENDING)
+        else:
+            self.stop()
 
     def stop(self) -> None:
         """Stop watching: the run is over, or waits on purpose."""

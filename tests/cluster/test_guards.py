@@ -102,6 +102,27 @@ def train_with_a_stuck_loader(folder: Path) -> None:
     train(folder / "run", module=StuckLoader(), callbacks=(watchdog,), timeout_s=60)
 
 
+def fail_and_hang_at_the_end(folder: Path) -> None:
+    module = TwoPlayers()
+
+    def fail(module: TwoPlayers, place: str) -> None:
+        if module.update == 2:
+            raise ValueError("a guard has had enough")
+
+    module.at = fail
+    watchdog = StallWatchdog(folder / "ranks", timeout_s=2)
+    try:
+        train(folder / "run", module=module, callbacks=(watchdog,), timeout_s=60)
+    except ValueError:
+        time.sleep(100)  # as NCCL may, that waits for a lost rank
+
+
+def test_a_process_that_hangs_at_the_end_of_a_failed_run_is_ended(tmp_path: Path) -> None:
+    running = Processes(2, fail_and_hang_at_the_end, tmp_path)
+    assert running.wait(timeout=30) == [EXIT_STALLED] * 2
+    assert "is ending after an error" in running.logs()
+
+
 def test_a_stalled_loader_ends_every_rank_and_is_named(tmp_path: Path) -> None:
     running = Processes(2, train_with_a_stuck_loader, tmp_path)
     assert EXIT_STALLED in running.wait(timeout=30)
