@@ -47,12 +47,19 @@ def point_overrides(index: int, arguments: Sequence[str]) -> list[str]:
     """Return what turns a sweep's command line into one of its runs, in that run's folder.
 
     Raises:
-        ValueError: If the command has no +sweep=, or the sweep fewer points.
+        ValueError: If the command has no +sweep=, the sweep fewer points, or the command others.
     """
     names = [a.removeprefix("+sweep=") for a in arguments if a.startswith("+sweep=")]
     if len(names) != 1:
         raise ValueError("the command needs one +sweep=NAME, such as +sweep=student_timesteps")
     points = sweep_points(names[0])
+    swept = {point.partition("=")[0] for point in points[0]}
+    for argument in arguments:
+        if argument.startswith("hydra.sweeper") or argument.partition("=")[0] in swept:
+            raise ValueError(
+                f"{argument}: the points of a job array are those of conf/sweep/{names[0]}.yaml; "
+                "copy it under another name, change it there, and give +sweep=THAT"
+            )
     if not 0 <= index < len(points):
         raise ValueError(
             f"there is no point {index} in +sweep={names[0]}, which has {len(points)}; submit with "

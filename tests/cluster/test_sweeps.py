@@ -29,6 +29,14 @@ def test_a_point_or_a_sweep_that_is_not_there_is_refused_with_those_that_are() -
 
 
 @pytest.mark.parametrize(
+    "other", ["diffusion.num_inference_steps=3,5", "hydra.sweeper.params={seed:'0,1'}"]
+)
+def test_an_array_does_not_pass_over_other_points_on_its_command_line(other: str) -> None:
+    with pytest.raises(ValueError, match=r"those of conf/sweep/student_timesteps\.yaml; copy it"):
+        point_overrides(0, ["+sweep=student_timesteps", other])
+
+
+@pytest.mark.parametrize(
     ("num_processes", "environment", "remedy"),
     [
         (8, {}, r"8 processes in a sweep.*\+launcher=slurm"),
