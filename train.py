@@ -34,7 +34,11 @@ from ksr_distill.config import (
 from ksr_distill.data.loading import explain_lost_worker
 from ksr_distill.training.checkpoint_folder import last_good_checkpoint, update_of_file
 from ksr_distill.training.hints import silence_hints
-from ksr_distill.training.launching import process_plugins, refuse_launcher_in_sweep
+from ksr_distill.training.launching import (
+    check_tasks_of_slurm,
+    process_plugins,
+    refuse_launcher_in_sweep,
+)
 from ksr_distill.training.leaves import check_leaves
 from ksr_distill.training.sharding import PerNetworkFSDP
 from ksr_distill.training.strategy import PerNetworkDDP, leave_groups
@@ -47,6 +51,7 @@ def train(config: dict[str, Any], *, is_sweep: bool) -> None:
     """Check, build, and fit from the last good checkpoint on."""
     silence_hints()
     check_train_config(config)
+    check_tasks_of_slurm(config["trainer"], os.environ)
     world_size = num_processes(config["trainer"])
     check_strategy(config, world_size=world_size)
     refuse_launcher_in_sweep(num_processes=world_size, is_sweep=is_sweep, environment=os.environ)

@@ -17,6 +17,25 @@ def process_plugins() -> list[Any]:
     return [SLURMEnvironment(auto_requeue=False)]
 
 
+def check_tasks_of_slurm(trainer: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    """Refuse another number of processes than Slurm has started: they would wait for each other.
+
+    Raises:
+        ValueError: With both numbers, and where each is set.
+    """
+    devices, num_nodes = trainer["devices"], trainer["num_nodes"]
+    is_torchrun = "TORCHELASTIC_RUN_ID" in environment
+    if is_torchrun or not _is_under_slurm(environment) or not isinstance(devices, int):
+        return
+    started = int(environment["SLURM_NTASKS"])
+    if devices > 0 and devices * num_nodes != started:
+        raise ValueError(
+            f"trainer.devices={devices} on trainer.num_nodes={num_nodes} are {devices * num_nodes} "
+            f"processes, and this Slurm job has {started} tasks; submit with --nodes and "
+            "--ntasks-per-node and without --ntasks, as slurm/train.sbatch does"
+        )
+
+
 def refuse_launcher_in_sweep(
     *, num_processes: int, is_sweep: bool, environment: Mapping[str, str]
 ) -> None:

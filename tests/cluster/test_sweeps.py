@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 from real_run import command, environment, overrides
 
-from ksr_distill.training.launching import process_plugins, refuse_launcher_in_sweep
+from ksr_distill.training.launching import (
+    check_tasks_of_slurm,
+    process_plugins,
+    refuse_launcher_in_sweep,
+)
 from ksr_distill.training.sweeps import RUN_FOLDER, point_overrides, sweep_points
 
 
@@ -67,6 +71,18 @@ def test_under_slurm_lightnings_own_requeue_is_off(monkeypatch: pytest.MonkeyPat
     assert plugin.auto_requeue is False
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
     assert process_plugins() == []
+
+
+def test_another_number_of_processes_than_slurms_tasks_is_refused() -> None:
+    """`sbatch --ntasks=1 --ntasks-per-node=2`: Slurm tells both, and starts one."""
+    here = {"SLURM_NTASKS": "2"}
+    for devices, num_nodes in ((1, 1), (2, 2), (8, 1)):
+        with pytest.raises(ValueError, match=r"this Slurm job has 2 tasks; submit with --nodes"):
+            check_tasks_of_slurm({"devices": devices, "num_nodes": num_nodes}, here)
+    for devices in (1, "auto"):
+        check_tasks_of_slurm({"devices": devices, "num_nodes": 2}, here)
+    for more in ({"TORCHELASTIC_RUN_ID": "x"}, {"SLURM_JOB_NAME": "bash"}):
+        check_tasks_of_slurm({"devices": 8, "num_nodes": 1}, here | more)
 
 
 @pytest.fixture(scope="module")
