@@ -18,6 +18,7 @@ from two_players import TwoPlayers, die_at, train
 from ksr_distill.training.checkpoint_folder import lock_folder, path_of_update
 from ksr_distill.training.checkpoint_io import (
     AtomicCheckpointIO,
+    PinnedMemory,
     manifest_path,
     manifest_text,
     read_checkpoint,
@@ -359,3 +360,20 @@ def test_a_save_killed_at_any_point_leaves_a_good_checkpoint(
         saving.kill()
         read_checkpoint(last_good_checkpoint(folder))
         shutil.rmtree(folder)
+
+
+def test_pinned_memory_holds_a_state_without_rounding_each_tensor_up(tmp_path: Path) -> None:
+    shapes = [(40, 40, 3, 3), (7,), (), (0, 3), (20, 50, 3, 3), (3,), (300,)] * 4
+    state = {str(i): torch.rand(shape) for i, shape in enumerate(shapes)}
+    state["0"] = state["0"].to(memory_format=torch.channels_last)
+    state["wide"] = torch.rand(9).expand(5, 9)
+    state["half"], state["count"] = torch.rand(33).bfloat16(), torch.arange(5)
+    memory = PinnedMemory(block_bytes=2**17, pin=False)
+    places = {key: memory.place_for(tensor, key).copy_(tensor) for key, tensor in state.items()}
+    for key, tensor in state.items():
+        assert torch.equal(places[key], tensor)
+        assert memory.place_for(tensor, key) is places[key]
+    assert places["0"].stride() == state["0"].stride()
+    assert memory.num_bytes < 1.5 * sum(tensor.nbytes for tensor in state.values())
+    torch.save(places["7"], tmp_path / "one.pt")
+    assert (tmp_path / "one.pt").stat().st_size < state["7"].nbytes + 4000
