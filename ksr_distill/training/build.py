@@ -22,14 +22,19 @@ N = TypeVar("N", bound=torch.nn.Module)
 def teacher_module(
     *,
     model: dict[str, Any],
+    teacher: str | None,
     channels_last: bool,
     gradient_checkpointing: bool,
     winograd: bool | str,
     **rest: Any,
 ) -> TeacherModule:
-    """Return the module of a teacher run: a new network, initialised from the seed alone."""
+    """Return the module of a teacher run: a new network, initialised from the seed alone.
+
+    Args:
+        teacher: A model folder to go on from instead; of the same layout.
+    """
     with seeded_initialisation(rest["seed"]):
-        unet = KSRUNet(**model)
+        unet = KSRUNet(**model) if teacher is None else loaded_unet(teacher, model)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     use_winograd(unet, winograd)
@@ -74,6 +79,24 @@ def distillation_module(
         timesteps=student_timesteps(num_inference_steps),
         **rest,
     )
+
+
+def loaded_unet(teacher: str, model: dict[str, Any]) -> KSRUNet:
+    """Return a folder's network, in float32.
+
+    Raises:
+        ValueError: If its layout is not the config's; names the first key that differs.
+    """
+    unet = KSRUNet.from_pretrained(
+        model_folder(teacher, key="teacher"), dropout=model["dropout"]
+    )
+    for key, value in model.items():
+        if unet.config[key] != value:
+            raise ValueError(
+                f"model.{key}={value} is not that of teacher={teacher}, {unet.config[key]}; choose "
+                "the model that it was trained as, or teacher=null for a new one"
+            )
+    return unet
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import torch
 from ksr_distill.diffusion import NoiseSchedule
 from ksr_distill.models import KSRUNet
 from ksr_distill.randomness import generator_for
+from ksr_distill.training.build import loaded_unet
 from ksr_distill.training.teacher import DETAIL_LOG_SNR, TeacherModule
 from tests.training.conftest import TINY, adamw
 
@@ -40,3 +41,25 @@ def test_draws_are_a_function_of_the_generator_alone():
 def test_without_a_share_t_is_drawn_as_before():
     generator = generator_for(0, 0)
     assert torch.equal(drawn(0.0), torch.randint(1000, (4000,), generator=generator))
+
+
+PLAIN = {key: list(v) if isinstance(v, tuple) else v for key, v in TINY.items()}  # as in conf/
+
+
+@pytest.fixture
+def folder(tmp_path):
+    KSRUNet(**TINY).half().save_pretrained(tmp_path / "sr")
+    return str(tmp_path)
+
+
+def test_a_training_goes_on_from_a_teacher_in_float32(folder):
+    unet = loaded_unet(folder, {**PLAIN, "dropout": 0.1})
+    saved = KSRUNet.from_pretrained(folder, subfolder="sr").state_dict()
+    assert all(torch.equal(value, saved[name].float()) for name, value in unet.state_dict().items())
+    assert {value.dtype for value in unet.state_dict().values()} == {torch.float32}
+    assert unet.config["dropout"] == 0.1
+
+
+def test_a_teacher_of_another_layout_is_refused_by_key(folder):
+    with pytest.raises(ValueError, match=r"model\.num_groups=2 is not that of teacher="):
+        loaded_unet(folder, {**PLAIN, "num_groups": 2, "dropout": 0.0})
