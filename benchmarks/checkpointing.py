@@ -30,8 +30,8 @@ from ksr_distill.training.checkpoint_io import AtomicCheckpointIO
 
 INTERVALS_MIN = (2, 10, 30)
 SHARES = "".join(f" {minutes} min |" for minutes in INTERVALS_MIN)
-SAVES = {"foreground": 1, "background": 3}
-"""The first one by the thread pays for pinned memory; the others are as in a run."""
+SAVES = {"foreground": 1, "background": 2}
+"""The first one by the thread pays for pinned memory; the second is as in a run."""
 
 
 class Pause(NamedTuple):
