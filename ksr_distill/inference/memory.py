@@ -19,9 +19,8 @@ ACCELERATED_UNET_PER_PX, ACCELERATED_MOVQ_PER_PX = 4.5, 8
 """The same with the fast operations: 3.4 and 7.3 (measured)."""
 
 LARGEST_TILE_PX = {"cpu": 1280, "cuda": 2048}
-"""On a GPU 1024² → 2048² is one tile. On a CPU a megapixel doubled is four tiles of 1088 px, with a
-sixth of its pixels computed twice, in less than 1.5 GB; of 1024 px it would take nine, and a third.
-"""
+"""On a GPU 1024² → 2048² is one tile. On a CPU a megapixel doubled is four tiles of 1024 px in less
+than 1.5 GB."""
 
 
 def working_bytes(tile_pass: TilePass, tile_px: int, batch: int) -> int:

@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_TILE_PX = 64
 
+CPU_OVERLAP_PX = 48
+"""At most, where none is given: a megapixel doubled is then four tiles of 1024 px with 5 % of its
+pixels computed twice; 160 px made that 18 %. Against the picture made whole, the band around a
+border is at 54.4 dB with 16 px, 54.9 with 48, 55.7 with 96 (measured)."""
+
 STUDENT_SCHEDULE = NoiseSchedule("linear")
 """One for all tiles: its tables are copied to the device once, and a copy waits for the device."""
 
@@ -111,7 +116,8 @@ class Tiling:
     Attributes:
         tile_px: Largest side of a tile in output pixels of a pass; each pass rounds it down to its
             network's stride.
-        overlap_px: Width of the blended ramps; null means an eighth of the tile.
+        overlap_px: Width of the blended ramps; null means an eighth of the tile, and for a student
+            on a CPU no more than CPU_OVERLAP_PX.
         batch: Tiles at once.
     """
 
@@ -129,7 +135,11 @@ class Tiling:
         align = tile_pass.align
         largest = min(self.tile_px, tile_pass.largest_tile_px or self.tile_px)
         tile_px = largest // align * align or self.tile_px
-        overlap_px = tile_px // 8 if self.overlap_px is None else self.overlap_px
+        overlap_px = self.overlap_px
+        if overlap_px is None:
+            is_student = isinstance(tile_pass, SuperResolutionPass)
+            on_cpu = is_student and tile_pass.device.type == "cpu"
+            overlap_px = min(tile_px // 8, CPU_OVERLAP_PX) if on_cpu else tile_px // 8
         return plan_tiles(
             math.ceil(height / align) * align,
             math.ceil(width / align) * align,

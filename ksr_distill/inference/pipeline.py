@@ -91,7 +91,8 @@ class KSRFlashPipeline(EnlargingPipeline):
                 generator alone, so a batch gives what single pictures give.
             tile_px: Largest side of a tile in output pixels of a pass; by default what fits into
                 the free memory, up to 2048 on a GPU and 1280 on a CPU.
-            overlap_px: Width of the blended borders, an eighth of the tile by default.
+            overlap_px: Width of the blended borders, an eighth of the tile by default, at most
+                48 px on a CPU.
             tile_batch_size: Tiles at once; changes the speed and the memory.
             output_type: ``pil`` (with the transparency of a PIL source), ``np`` ((b, H, W, 3) in
                 [0, 1]) or ``pt`` ((b, 3, H, W) in [0, 1], on the CPU); lists where sizes differ.

@@ -97,3 +97,10 @@ def test_other_errors_of_the_network_are_not_taken_for_memory(unet):
     work = [SuperResolutionPass(**{**vars(p), "denoise": broken}) for p in passes_of(unet, count=1)]
     with pytest.raises(RuntimeError, match="mat1"):
         enlarged(work)
+
+
+def test_a_megapixel_doubled_is_four_tiles_on_a_cpu_with_little_computed_twice(unet):
+    plan = Tiling(1280).plan(2000, 2000, passes_of(unet, 1)[0])
+    assert len(plan) == 4
+    computed = len(plan) * plan.rows.tile * plan.columns.tile
+    assert computed / 2000**2 < 1.06
