@@ -13,7 +13,12 @@ from ksr_distill.quickstart.processes import (
     CommandInterruptedError,
     run_measured,
 )
-from ksr_distill.quickstart.results import add_enlarged_photo, add_usage, merge_curves
+from ksr_distill.quickstart.results import (
+    add_commands,
+    add_enlarged_photo,
+    add_usage,
+    merge_curves,
+)
 
 
 def main() -> int:
@@ -39,7 +44,7 @@ def main() -> int:
         runs = {"student": path.STUDENT} | ({"teacher": path.TEACHER} if trains_teacher else {})
         merge_curves({run: folder / "metrics.csv" for run, folder in runs.items()}, path.CURVES)
         run_once(path.evaluate(teacher), ledger)
-        report(ledger)
+        report(ledger, teacher=path.in_words(teacher))
     except CommandInterruptedError:
         typer.echo("\ninterrupted; make quickstart continues from here", err=True)
         return 130
@@ -65,11 +70,12 @@ def run_once(command: path.Command, ledger: Ledger) -> None:
     typer.echo(f"# {usage.seconds:.0f} s, {usage.peak_rss_gb:.2f} GB")
 
 
-def report(ledger: Ledger) -> None:
+def report(ledger: Ledger, *, teacher: str) -> None:
     """Finish the report, and print the numbers that matter."""
     summary = add_usage(path.METRICS, ledger)
     usage = f"{summary['seconds']:.0f} s and {summary['peak_rss_gb']:.2f} GB for all commands"
     add_enlarged_photo(path.REPORT, path.PHOTO, path.ENLARGED, usage=usage)
+    add_commands(path.REPORT, ledger, teacher=teacher)
     write_comparison(path.compared_pictures(), path.COMPARED_PLACE, path.COMPARISON)
     typer.echo(f"\n{usage}; on photos that nothing was trained on:")
     for name, values in summary.items():

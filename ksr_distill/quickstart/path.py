@@ -55,6 +55,13 @@ def shipped_teacher() -> Path | None:
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
+def in_words(teacher: Path) -> str:
+    """Return which teacher is distilled."""
+    if teacher == TRAINED_TEACHER:
+        return "The student was distilled from a small teacher that was trained here."
+    return f"The student was distilled from the teacher that comes with the package, {teacher}."
+
+
 def pack() -> Command:
     """Return the command that makes shards of the photos."""
     return ("ksr", "shards", "pack", str(PHOTOS), str(SHARDS), "--val-match", "validation/*")

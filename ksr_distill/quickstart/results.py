@@ -86,6 +86,29 @@ def add_enlarged_photo(
     report.write_text(page.replace("<footer>", section + "<footer>", 1))
 
 
+def add_commands(report: Path, ledger: Ledger, *, teacher: str) -> None:
+    """Say in the report which teacher was distilled, and what was typed and how long it took.
+
+    Args:
+        report: The HTML file of evaluate.py; a section goes before its footer, once.
+        teacher: In words, where it comes from.
+    """
+    page = report.read_text()
+    marker = '<section id="commands">'
+    if marker in page:
+        return
+    rows = "".join(
+        f"<tr><td><code>{html.escape(' '.join(entry.command))}</code></td>"
+        f"<td>{entry.seconds:.0f} s</td></tr>"
+        for entry in ledger.entries
+    )
+    section = (
+        f"{marker}\n  <h2>What was done</h2>\n"
+        f'  <p class="note">{html.escape(teacher)}</p>\n  <table>{rows}</table>\n</section>\n'
+    )
+    report.write_text(page.replace("<footer>", section + "<footer>", 1))
+
+
 def _pair_of_figures(photo: Path, path: Path, scale: int) -> list[str]:
     """Return the same place of the photo, enlarged by bicubic and by us."""
     with Image.open(photo) as image:

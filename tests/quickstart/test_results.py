@@ -7,7 +7,12 @@ from PIL import Image
 
 from ksr_distill.quickstart.ledger import Ledger
 from ksr_distill.quickstart.processes import Usage
-from ksr_distill.quickstart.results import add_enlarged_photo, add_usage, merge_curves
+from ksr_distill.quickstart.results import (
+    add_commands,
+    add_enlarged_photo,
+    add_usage,
+    merge_curves,
+)
 
 NUMBERS = {"psnr_y": 33.0, "top_octave_power_ratio": 0.4, "ssim_y": 0.9}
 
@@ -74,3 +79,15 @@ def test_the_enlarged_photo_is_shown_once_and_from_the_same_place(tmp_path):
     ]
     assert "120 s &amp; 2 GB" in page
     assert "http" not in page
+
+
+def test_the_report_says_once_what_was_typed_and_whose_student_it_is(tmp_path):
+    report = tmp_path / "report.html"
+    report.write_text("<html><body><footer>f</footer></body></html>")
+    ledger = Ledger(tmp_path / "progress.json")
+    ledger.add(("ksr", "export", "a<b"), Usage(61.2, 1.0), is_done=True)
+    for _ in range(2):
+        add_commands(report, ledger, teacher="from the package")
+    page = report.read_text()
+    assert page.count("<code>ksr export a&lt;b</code></td><td>61 s</td>") == 1
+    assert page.count("from the package") == 1
