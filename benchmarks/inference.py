@@ -173,7 +173,9 @@ def draw_weights(network: nn.Module) -> None:
     """Draw weights that keep the scale of what they are given, as training does.
 
     PyTorch's own start shrinks each convolution's output by √3; the refiner then amplifies a
-    rounding error 24-fold, with these weights 1.8-fold (measured on a narrower one).
+    rounding error 24-fold, with these weights twofold (measured on a narrower one). Queries and keys
+    are smaller, so that attention stays broad: at full size it picks single ones out of 16 000
+    tokens, and the error's growth rises with the picture (2.3 at 128 px, 4.1 at 1024; so 2.0).
     """
     for name, parameter in network.named_parameters():
         if parameter.ndim < 2:
@@ -181,6 +183,8 @@ def draw_weights(network: nn.Module) -> None:
                                        "norm_1.weight", "norm_2.weight", "norm_layer.weight",
                                        "norm_out.weight", "conv_y.bias"))  # fmt: skip
             nn.init.normal_(parameter, mean=float(is_factor), std=0.1)
+        elif name.endswith(("to_q.weight", "to_k.weight")):
+            nn.init.normal_(parameter, std=0.3 * parameter[0].numel() ** -0.5)
         elif "context_mlp" in name or "time_projection" in name or "conv_y" in name:
             nn.init.normal_(parameter, std=0.1 * parameter[0].numel() ** -0.5)
         else:
