@@ -29,7 +29,7 @@ from ksr_distill.losses import (
 from ksr_distill.models import Critic, KSRUNet, enlarge, judge
 from ksr_distill.randomness import Stream
 from ksr_distill.training.balance import GradientBalance
-from ksr_distill.training.base import UpdateModule
+from ksr_distill.training.base import UpdateModule, layout_of
 from ksr_distill.training.compiling import compile_blocks, compile_function
 from ksr_distill.training.settings import CriticTerms, GameSettings, PlayerOptim, StudentTerms
 from ksr_distill.training.validation import (
@@ -125,8 +125,7 @@ class DistillationModule(UpdateModule):
         self.table: Table | None = None
         self.add_network("critic", critic.heads, critic_optim)
         self.add_network("student", student, student_optim)
-        model = {k: v for k, v in student.config.items() if not k.startswith("_")}  # plain values
-        self.record |= {"kind": "student", "model": model, "scale": scale,
+        self.record |= {"kind": "student", "model": layout_of(student), "scale": scale,
                         "student_timesteps": list(self.timesteps)}  # fmt: skip
 
     # ---- the algorithm ---------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ksr_distill.diffusion import NoiseSchedule, student_timesteps
 from ksr_distill.models import KSRUNet, enlarge
-from ksr_distill.training.base import UpdateModule
+from ksr_distill.training.base import UpdateModule, layout_of
 from ksr_distill.training.settings import PlayerOptim, require
 from ksr_distill.training.validation import (
     Sampler,
@@ -61,7 +61,7 @@ class TeacherModule(UpdateModule):
         self.distance = distance
         self.detail_share = detail_share
         self.add_network("teacher", unet, optim)
-        self.record |= {"kind": "teacher", "model": dict(unet.config), "scale": scale}
+        self.record |= {"kind": "teacher", "model": layout_of(unet), "scale": scale}
 
     def trainable_networks(self) -> dict[str, nn.Module]:
         """Return the one network."""
