@@ -173,8 +173,8 @@ def draw_weights(network: nn.Module) -> None:
     """Draw weights that keep the scale of what they are given, as training does.
 
     PyTorch's own start shrinks each convolution's output by √3; the refiner then amplifies a
-    rounding error 24-fold, with these weights twofold (measured on a narrower one). Queries and keys
-    are smaller, so that attention stays broad: at full size it picks single ones out of 16 000
+    rounding error 24-fold, with these weights twofold (measured on a narrower one). Queries and
+    keys are smaller, so that attention stays broad: at full size it picks single ones out of 16 000
     tokens, and the error's growth rises with the picture (2.3 at 128 px, 4.1 at 1024; so 2.0).
     """
     for name, parameter in network.named_parameters():

@@ -95,17 +95,36 @@ def named(text: str, default: str | None) -> tuple[str | None, str]:
     return (name if separator else default), str(Path(path).expanduser())
 
 
-def load_set(folder: Path, scale: int) -> list[Pair]:
-    """Return a benchmark's pairs, made by the bicubic recipe where there are photos alone."""
+def load_set(folder: Path, scale: int, *, photo_crop_px: int | None = None) -> list[Pair]:
+    """Return a benchmark's pairs, made by the bicubic recipe where there are photos alone.
+
+    Args:
+        photo_crop_px: Side of the centre crop that is left of each photo; null leaves all of it.
+    """
     images = find_images(folder)
     found = common_scale(images)
     if found not in (None, scale):
         raise ValueError(f"{folder} holds pairs of ×{found}; give pairs of ×{scale}, or --scale")
     degradation = BicubicDegradation(scale)
-    return [
+    pairs = [
         load_pair(image, scale=scale, degradation=degradation, generator=generator_for(0))
         for image in images
     ]
+    if found is not None or photo_crop_px is None:
+        return pairs
+    return [centre_of(pair, photo_crop_px, scale) for pair in pairs]
+
+
+def centre_of(pair: Pair, side: int, scale: int) -> Pair:
+    """Return the centre of a photo, and of what was reduced from all of it."""
+    if pair.hires is None:
+        return pair
+    top, left = ((length - side) // 2 // scale * scale for length in pair.hires.shape[-2:])
+    small, small_top, small_left = side // scale, top // scale, left // scale
+    return Pair(
+        pair.lowres[..., small_top : small_top + small, small_left : small_left + small],
+        pair.hires[..., top : top + side, left : left + side],
+    )
 
 
 def measure_model(
@@ -200,6 +219,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--students", nargs="*", default=[], help="MODEL or NAME=MODEL")
     parser.add_argument("--set", action="append", required=True, metavar="NAME=FOLDER")
     parser.add_argument("--scale", type=int, default=2)
+    parser.add_argument("--photo-crop-px", type=int, help="centre of each photo; not of pairs")
     parser.add_argument("--seeds", type=int, default=3, help="of students and few-step teachers")
     parser.add_argument("--device")
     parser.add_argument("--json", type=Path, default=Path("docs/results.json"))
@@ -224,7 +244,7 @@ def main() -> None:
     print("| set | model | " + " | ".join(METRICS) + " | seconds |")
     for text in options.set:
         name, path = named(text, None)
-        pairs = load_set(Path(path), options.scale)
+        pairs = load_set(Path(path), options.scale, photo_crop_px=options.photo_crop_px)
         models = {}
         for model, upscaler in upscalers.items():
             begin = time.perf_counter()

@@ -26,6 +26,10 @@ SHORTENING = ("max_steps", "min_steps", "max_time", "limit_train_batches", "over
               "fast_dev_run")  # fmt: skip
 """Of Lightning's Trainer: a run ended by them looks like one that has finished."""
 
+FOLLOWED_BY_A_WORD = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-name", "-cn",
+                      "--config-path", "-cp", "--config-dir", "-cd")  # fmt: skip
+"""Hydra's own options; what comes behind one is no override."""
+
 MIN_CROP_PX = 32
 """A tile of `evaluation.metrics.spectral_prominence`."""
 
@@ -236,7 +240,12 @@ def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) ->
     from hydra.errors import HydraException  # noqa: PLC0415
     from omegaconf import OmegaConf  # noqa: PLC0415
 
-    texts = [text for text in arguments if not text.startswith("-")]
+    before = ["", *arguments]
+    texts = [
+        text
+        for text, option in zip(arguments, before, strict=False)
+        if not text.startswith("-") and option not in FOLLOWED_BY_A_WORD
+    ]
 
     def composed(overrides: Sequence[str]) -> Mapping[str, Any]:
         with initialize_config_dir(str(folder), version_base="1.3"):

@@ -112,6 +112,49 @@ def export_original(path: Path, file: Path, *, overwrite: bool) -> None:
     write_original(averaged_unet(read_checkpoint(path)), file, overwrite=overwrite)
 
 
+def blend_students(
+    first: Path, second: Path, folder: Path, *, share: float, overwrite: bool
+) -> None:
+    """Write the student between two of one teacher: (1 - share)·first + share·second, by weight.
+
+    Both began at the same weights, so what lies between them works as well (network interpolation,
+    arXiv:1809.00219, §3.4): the one trades detail for fidelity, the other fidelity for detail.
+
+    Args:
+        first: A student's folder.
+        second: Another's, of the same layout, timesteps and scale.
+        share: Of the second, in [0, 1].
+
+    Raises:
+        ValueError: If the share is none, the two do not fit, or the folder exists.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"--share {share} is outside 0…1, the part of {second}; use e.g. 0.5")
+    one, other = (KSRFlashPipeline.from_pretrained(path) for path in (first, second))
+    mine, theirs = (_blendable(pipeline) for pipeline in (one, other))
+    for key, value in mine.items():
+        if theirs[key] != value:
+            raise ValueError(
+                f"{second} has {key}={theirs[key]}, {first} has {value}; blend two students of one "
+                "teacher and of the same steps"
+            )
+    with torch.no_grad():
+        for weight, their_weight in zip(one.sr.parameters(), other.sr.parameters(), strict=True):
+            weight.lerp_(their_weight, share)
+    with new_folder(folder, overwrite=overwrite) as scratch:
+        save_pipeline(one, scratch)
+        check_same_pixels(one, scratch)
+        card = f"{FRONT_MATTER}\n{1 - share:g} of {first.name} and {share:g} of {second.name}.\n"
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+
+
+def _blendable(pipeline: KSRFlashPipeline) -> dict[str, Any]:
+    """Return what two students must have in common."""
+    layout = {f"model.{k}": v for k, v in pipeline.sr.config.items() if not k.startswith("_")}
+    settings = {key: pipeline.config[key] for key in ("student_timesteps", "scale")}
+    return layout | settings
+
+
 def check_same_pixels(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Compare what a folder gives with what was saved in it, on a picture of noise.
 

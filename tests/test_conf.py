@@ -140,6 +140,12 @@ def test_without_an_experiment_there_is_a_list_of_them(arguments):
     check_overrides("train", [*arguments, "name=mine"], CONF)
 
 
+def test_hydras_own_options_are_no_overrides():
+    arguments = ["+experiment=ksr_flash", "teacher=x", "data.shards=y"]
+    check_overrides("train", ["--cfg", "job", *arguments], CONF)
+    check_overrides("train", [*arguments, "-c", "all", "-p", "model"], CONF)
+
+
 def test_an_unknown_experiment_is_answered_without_the_search_path():
     with pytest.raises(ValueError, match="Available options") as error:
         check_overrides("train", ["+experiment=ksr_flsh"], CONF)

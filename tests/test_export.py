@@ -6,7 +6,9 @@ import torch
 import yaml
 
 from benchmarks.ship_model import card_of
-from ksr_distill.export import model_card
+from ksr_distill.export import blend_students, model_card
+from ksr_distill.inference import KSRFlashPipeline
+from ksr_distill.models import KSRUNet
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
@@ -21,8 +23,9 @@ def exported_card():
 
 
 def shipped_card():
-    facts = {"what": "a student", "data": "Noise.", "commands": [], "commit": "abc", "note": ""}
-    return card_of("tiny", "student", facts, {"sets": {}})
+    facts = {"what": "a student", "data": "Noise.", "commands": [], "commit": "abc", "note": "",
+             "section": "x2", "numbers": "student"}  # fmt: skip
+    return card_of("tiny", facts, {})
 
 
 @pytest.mark.parametrize("card_from", [exported_card, shipped_card])
@@ -34,3 +37,44 @@ def test_a_card_begins_with_what_the_hub_reads_and_the_licence_of_the_project(ca
     assert facts["library_name"] == "diffusers"
     assert facts["pipeline_tag"] == "image-to-image"
     assert text.startswith("\n# tiny: ")
+
+
+TINY = {"base_channels": 8, "channel_multipliers": (1, 2), "num_blocks": (1, 1),
+        "time_embedding_dim": 16, "num_groups": 4}  # fmt: skip
+
+
+def student(folder, seed, timesteps=(979, 479), **changes):
+    torch.manual_seed(seed)
+    pipeline = KSRFlashPipeline(KSRUNet(**{**TINY, **changes}), student_timesteps=list(timesteps))
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def weights_of(folder):
+    return KSRFlashPipeline.from_pretrained(folder).sr.state_dict()
+
+
+def test_a_blend_lies_between_two_students_by_weight(tmp_path):
+    one, other = (student(tmp_path / str(seed), seed) for seed in range(2))
+    blend_students(one, other, tmp_path / "mixed", share=0.25, overwrite=False)
+    first, second, mixed = (weights_of(tmp_path / name) for name in ("0", "1", "mixed"))
+    for name, value in mixed.items():
+        torch.testing.assert_close(value, 0.75 * first[name] + 0.25 * second[name])
+    index = KSRFlashPipeline.from_pretrained(tmp_path / "mixed").config
+    assert index["student_timesteps"] == [979, 479]
+    assert "0.75 of 0 and 0.25 of 1" in (tmp_path / "mixed" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "share", "message"),
+    [
+        ({}, 1.5, "--share 1.5 is outside 0…1"),
+        ({"num_groups": 2}, 0.5, "has model.num_groups=2, "),
+        ({"timesteps": (979,)}, 0.5, "has student_timesteps="),
+    ],
+)
+def test_students_that_do_not_fit_are_not_blended(tmp_path, changes, share, message):
+    one, other = student(tmp_path / "one", 0), student(tmp_path / "other", 1, **changes)
+    with pytest.raises(ValueError, match=message):
+        blend_students(one, other, tmp_path / "mixed", share=share, overwrite=False)
+    assert not (tmp_path / "mixed").exists()

@@ -18,7 +18,7 @@ def ksr() -> None:
 
 
 # One module a command group; each has `register(app)` and imports nothing heavy at its top.
-COMMAND_MODULES = ("shards", "convert", "export", "upscale", "study", "doctor")
+COMMAND_MODULES = ("shards", "convert", "export", "blend", "upscale", "study", "doctor")
 
 for _name in COMMAND_MODULES:
     import_module(f"ksr_distill.cli.{_name}").register(app)

@@ -87,9 +87,7 @@ def loaded_unet(teacher: str, model: dict[str, Any]) -> KSRUNet:
     Raises:
         ValueError: If its layout is not the config's; names the first key that differs.
     """
-    unet = KSRUNet.from_pretrained(
-        model_folder(teacher, key="teacher"), dropout=model["dropout"]
-    )
+    unet = KSRUNet.from_pretrained(model_folder(teacher, key="teacher"), dropout=model["dropout"])
     for key, value in model.items():
         if unet.config[key] != value:
             raise ValueError(

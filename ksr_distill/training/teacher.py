@@ -19,7 +19,6 @@ from ksr_distill.training.validation import (
 )
 from ksr_distill.types import Batch
 
-
 DETAIL_LOG_SNR = (3.0, 9.0)
 """Where what a lowres image lacks stands out from the noise; above, nothing is left to estimate.
 
@@ -86,7 +85,9 @@ class TeacherModule(UpdateModule):
         distance = F.mse_loss if self.distance == "l2" else F.l1_loss
         return distance(pred_x_0.float(), x_0)
 
-    def draw_t(self, x_0: Float[Tensor, "b 3 H W"], generator: torch.Generator) -> Int[Tensor, " b"]:
+    def draw_t(
+        self, x_0: Float[Tensor, "b 3 H W"], generator: torch.Generator
+    ) -> Int[Tensor, " b"]:
         """Draw a timestep for each image: uniform, or by ``detail_share`` where detail appears."""
         shape, device = x_0.shape[:1], x_0.device
         num_timesteps = self.schedule.num_train_timesteps

@@ -47,7 +47,7 @@ def test_the_commands_that_made_a_model_compose(name):
             with initialize_config_dir(str(ship_model.ROOT / "conf"), version_base="1.3"):
                 assert compose("train", words[2:])
         else:
-            assert words[:2] in (["ksr", "shards"], ["ksr", "export"])
+            assert words[:2] in (["ksr", "shards"], ["ksr", "export"], ["ksr", "blend"])
 
 
 def test_a_bundled_model_loads_and_is_what_its_name_says(installed):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def test_skewed_ranks_save_together_and_end_equal(
     running = Processes(3, train_guarded, parts, seconds=0.8, skew=0.05)
     wait_until(lambda: (parts / "at.0").exists() and (parts / "at.0").read_text() == "2")
     for process in running.all:  # 0.15 s apart: in Lightning's own handler this deadlocks
-        os.kill(process.pid, number)
+        with suppress(ProcessLookupError):  # under load the others are told by the first, and leave
+            os.kill(process.pid, number)
         time.sleep(0.15)
     assert running.wait() == [EXIT_PREEMPTED] * 3, running.logs()
     assert 2 < int(last_good_checkpoint(parts / "run").stem.removeprefix("update-")) < 8
