@@ -112,15 +112,18 @@ def _of_same_weights(conv: nn.Conv2d, kind: type[nn.Conv2d]) -> nn.Conv2d:
 @contextmanager
 def plain_convolutions(*networks: nn.Module) -> Iterator[None]:
     """Let networks convolve directly for a while: to compare, or to count operations."""
-    parts = {type(part) for network in networks for part in network.modules()}
-    kinds = parts & {WinogradConv2d, WinogradConv2dForAll}
-    kind = kinds.pop() if kinds else nn.Conv2d
-    for network in networks:
+    mine: list[tuple[nn.Module, type[nn.Conv2d]]] = [
+        (network, kind)
+        for network in networks
+        for kind in (WinogradConv2d, WinogradConv2dForAll)
+        if any(type(part) is kind for part in network.modules())
+    ]
+    for network, kind in mine:
         _replace(network, kind, nn.Conv2d)
     try:
         yield
     finally:
-        for network in networks:
+        for network, kind in mine:
             _replace(network, nn.Conv2d, kind)
 
 
@@ -218,7 +221,7 @@ def _kernels() -> Any:
 
 def _convolve(
     pixels: Float[Tensor, "b c h w"],
-    taps: Float[Tensor, "36 c c2"],
+    taps: Float[Tensor, "p c c2"],
     out_channels: int,
     *,
     largest: Float[Tensor, ""] | None,
@@ -268,8 +271,8 @@ def _weight_gradient(
 
 
 def _float32_products(
-    one: Float[Tensor, "36 o t"], other: Float[Tensor, "36 t i"]
-) -> Float[Tensor, "36 o i"]:
+    one: Float[Tensor, "p o t"], other: Float[Tensor, "p t i"]
+) -> Float[Tensor, "p o i"]:
     if not one.is_cuda:
         return torch.bmm(one.float(), other.float())
     with torch.autocast("cuda", enabled=False):
@@ -278,7 +281,7 @@ def _float32_products(
 
 def _transformed_pixels(
     pixels: Float[Tensor, "b c h w"], largest: Float[Tensor, ""] | None
-) -> Float[Tensor, "36 t c"]:
+) -> Float[Tensor, "p t c"]:
     """Return every tile at the 36 points, in float16."""
     pixels = _channels_last(pixels)
     batch, channels, height, width = pixels.shape
@@ -294,7 +297,7 @@ def _transformed_pixels(
 
 def _transformed_weight(
     weight: Float[Tensor, "o i 3 3"], *, flipped: bool
-) -> Float[Tensor, "36 o i"]:
+) -> Float[Tensor, "p o i"]:
     """Return a convolution's taps at the 36 points, in float16."""
     count = weight.shape[0] * weight.shape[1]
     out = torch.empty(36, *weight.shape[:2], dtype=torch.float16, device=weight.device)
