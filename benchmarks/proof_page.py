@@ -105,13 +105,16 @@ def as_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def counts(results: Mapping[str, Any]) -> str:
-    """Return teacher and students by the number of their steps, all sets side by side."""
+    """Return teacher and students by the number of their steps, all sets side by side.
+
+    Only those that were measured on every set.
+    """
     titles = " · ".join(title for _, title, _ in COLUMNS[:3])
     sets = results["sets"]
     rows = [["evaluations of the network", *(f"{name}: {titles}" for name in sets)]]
     rows.append(["---"] * len(rows[0]))
     for model in next(iter(sets.values()))["models"]:
-        if COUNTED.fullmatch(model):
+        if COUNTED.fullmatch(model) and all(model in one["models"] for one in sets.values()):
             found = (one["models"][model] for one in sets.values())
             rows.append([in_words(model), *(" · ".join(cells_of(values, 3)) for values in found)])
     return as_table(rows)
