@@ -144,8 +144,8 @@ def check_strategy(config: Mapping[str, Any], *, world_size: int) -> None:
 
 
 def model_stride(config: Mapping[str, Any]) -> int:
-    """Return the stride of the network that will be trained: of the teacher where there is one."""
-    if "teacher" not in config["module"]:
+    """Return the stride of the network that will be trained: a student's is its teacher's."""
+    if "model" in config["module"]:
         return 2 ** (len(config["model"]["channel_multipliers"]) - 1)
     if config["teacher"] is None:
         raise ValueError(

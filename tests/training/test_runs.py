@@ -44,7 +44,8 @@ def files(tmp_path_factory):
 def run(experiment, folder, files):
     """Do what `python train.py +experiment=…` does."""
     overrides = [
-        f"+experiment={experiment}", f"run_dir={folder}/run", f"teacher={files}/teacher",
+        f"+experiment={experiment}", f"run_dir={folder}/run",
+        *([f"teacher={files}/teacher"] if "flash" in experiment else []),
         f"data.shards={files}/shards/train-*.tar", f"data.val_shards={files}/val/train-*.tar",
         f"num_updates={NUM_UPDATES}", "validate_every=4", "log_every=1", "data.crop_px=32",
         "data.batch_size=2", "data.num_workers=0", "data.val_crop_px=64", "data.num_val_pictures=1",
