@@ -15,7 +15,7 @@ from ksr_distill import __version__
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline
 from ksr_distill.inference.conversion import write_original
 from ksr_distill.inference.model_folders import new_folder, save_pipeline
-from ksr_distill.models import KSRUNet
+from ksr_distill.models import KSRUNet, layout_of
 
 CARD_CONFIG_GROUPS = ("data", "degradation", "diffusion", "loss", "optim", "critic")
 FRONT_MATTER = """---
@@ -150,7 +150,7 @@ def blend_students(
 
 def _blendable(pipeline: KSRFlashPipeline) -> dict[str, Any]:
     """Return what two students must have in common."""
-    layout = {f"model.{k}": v for k, v in pipeline.sr.config.items() if not k.startswith("_")}
+    layout = {f"model.{key}": value for key, value in layout_of(pipeline.sr).items()}
     settings = {key: pipeline.config[key] for key in ("student_timesteps", "scale")}
     return layout | settings
 

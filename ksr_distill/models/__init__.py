@@ -5,7 +5,7 @@ from diffusers import ModelMixin
 
 from ksr_distill.models.critic import Critic, CriticHeads, judge
 from ksr_distill.models.refiner import RefinerContext, RefinerUNet
-from ksr_distill.models.unet import Encoded, KSRUNet, enlarge
+from ksr_distill.models.unet import Encoded, KSRUNet, enlarge, layout_of
 
 __all__ = [
     "Critic",
@@ -17,4 +17,5 @@ __all__ = [
     "RefinerUNet",
     "enlarge",
     "judge",
+    "layout_of",
 ]

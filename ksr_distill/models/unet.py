@@ -182,6 +182,11 @@ def enlarge(lowres: Float[Tensor, "b 3 h w"], like: Tensor) -> Float[Tensor, "b 
     return F.interpolate(lowres, like.shape[-2:], mode="bilinear")
 
 
+def layout_of(unet: KSRUNet) -> dict[str, Any]:
+    """Return what a network is built from, without where it was loaded from: plain values."""
+    return {key: value for key, value in unet.config.items() if not key.startswith("_")}
+
+
 def check_unet_config(
     widths: Sequence[int], num_blocks: Sequence[int], num_groups: int, upsampling: str
 ) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ksr_distill.models import KSRUNet
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.training.compiling import WAYS, compile_network
 from ksr_distill.training.ema import ema_decay, update_ema
@@ -261,8 +260,3 @@ class UpdateModule(LightningModule):
             self.logged |= numbers
             for logger in self.trainer.loggers:
                 logger.log_metrics(numbers, step=self.update)
-
-
-def layout_of(unet: KSRUNet) -> dict[str, Any]:
-    """Return what a network is built from, without where it was loaded from: plain values."""
-    return {key: value for key, value in unet.config.items() if not key.startswith("_")}

@@ -26,10 +26,10 @@ from ksr_distill.losses import (
     weighted_l1,
     wgan_gp_head_penalty,
 )
-from ksr_distill.models import Critic, KSRUNet, enlarge, judge
+from ksr_distill.models import Critic, KSRUNet, enlarge, judge, layout_of
 from ksr_distill.randomness import Stream
 from ksr_distill.training.balance import GradientBalance
-from ksr_distill.training.base import UpdateModule, layout_of
+from ksr_distill.training.base import UpdateModule
 from ksr_distill.training.compiling import compile_blocks, compile_function
 from ksr_distill.training.settings import CriticTerms, GameSettings, PlayerOptim, StudentTerms
 from ksr_distill.training.validation import (

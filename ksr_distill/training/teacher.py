@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ksr_distill.diffusion import NoiseSchedule, student_timesteps
-from ksr_distill.models import KSRUNet, enlarge
-from ksr_distill.training.base import UpdateModule, layout_of
+from ksr_distill.models import KSRUNet, enlarge, layout_of
+from ksr_distill.training.base import UpdateModule
 from ksr_distill.training.settings import PlayerOptim, require
 from ksr_distill.training.validation import (
     Sampler,
