@@ -90,7 +90,7 @@ def precision_of_training(device: torch.device) -> Iterator[None]:
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     on_cuda = device.type == "cuda"
-    with torch.autocast("cuda", torch.bfloat16) if on_cuda else nullcontext():
+    with torch.autocast("cuda", torch.bfloat16, cache_enabled=False) if on_cuda else nullcontext():
         yield
 
 
@@ -101,14 +101,14 @@ def whole_update(module: UpdateModule, batch: Batch) -> None:
 
 def critic_turn(module: DistillationModule, batch: Batch) -> None:
     """Play the critic's turn alone, as in its warm-up."""
-    rounds = module.deal(batch)
+    rounds = module.begin("critic's turn alone", module.deal(batch))
     plays = [module.play(r, with_gradient=False) for r in rounds]
     module.end_update(module.critic_turn(rounds, plays))
 
 
 def student_turn(module: DistillationModule, batch: Batch) -> None:
     """Play the student's turn alone, from the deal on."""
-    rounds = module.deal(batch)
+    rounds = module.begin("student's turn alone", module.deal(batch))
     module.end_update(module.student_turn(rounds, None))
 
 

@@ -80,9 +80,13 @@ def time_calls(
         host.append((time.perf_counter() - start) / calls)
         wait_for(device)
         seconds.append((time.perf_counter() - start) / calls)
-    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
     median = statistics.median(seconds)
-    return Times(median, statistics.median(host), max(seconds) / min(seconds), peak)
+    return Times(median, statistics.median(host), max(seconds) / min(seconds), peak_gb(device))
+
+
+def peak_gb(device: torch.device) -> float:
+    """Return the device memory at its highest since it was last asked to forget; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
 
 
 def matmul_rate(device: torch.device) -> float:

@@ -11,9 +11,9 @@
 Cases run at the same time, on a device each if there are as many, and are measured one after the
 other. Rows are written as they come: a run that is ended leaves what it had.
 
-``ours`` is what conf/train.yaml sets, with each kind of block compiled once; ``eager`` is the same
-algorithm without compilation, in PyTorch's own memory format, and ``recomputing`` with activation
-checkpointing of the student.
+``ours`` is what conf/train.yaml sets, with each kind of block compiled once and updates replayed
+from recordings; ``eager`` is the same algorithm without either, in PyTorch's own memory format, and
+``recomputing`` with activation checkpointing of the student.
 TFLOP/s are those of convolutions and matrix products, counted in eager updates with the same
 draws, over the time of an update; their share is of a large bf16 product's.
 """
@@ -50,6 +50,7 @@ from benchmarks.measuring import (
     RESULTS,
     Times,
     matmul_rate,
+    peak_gb,
     phase,
     time_calls,
     wait_for,
@@ -58,6 +59,7 @@ from benchmarks.measuring import (
 from benchmarks.profiling import print_profile
 from ksr_distill.training.arithmetic import ArithmeticCounter
 from ksr_distill.training.base import UpdateModule
+from ksr_distill.training.recording import WARM_UPS
 from ksr_distill.training.winograd import plain_convolutions
 from ksr_distill.types import Batch
 
@@ -94,7 +96,13 @@ class Row(NamedTuple):
     overrides: str
 
 
-FULL = ("module=distillation", "model=ksr_x2", "compile_networks=blocks", *STEADY)
+FULL = (
+    "module=distillation",
+    "model=ksr_x2",
+    "compile_networks=blocks",
+    "cuda_graphs=true",
+    *STEADY,
+)
 TINY = ("model=tiny", "compile_networks=false")  # a CPU compiles for longer than a test may take
 CASES = {
     "full": (Case("full size", FULL, 16, 256), Case("full size", FULL, 4, 512)),
@@ -128,6 +136,7 @@ class Bench:
         self.batch = random_batch(case.batch_size, case.crop_px, device)
         self.turns = turns_of(self.module)
         self.flops: dict[str, float] = {}
+        self.recorded_gb = 0.0
         self.rate = matmul_rate(device)
 
     def play(self, turn: str) -> None:
@@ -136,9 +145,10 @@ class Bench:
         self.turns[turn](self.module, self.batch)
 
     def lay_out(self, memory_format: torch.memory_format) -> None:
-        """Give weights, averages and moments a memory format."""
+        """Give weights, averages and moments a memory format; record them where they lie now."""
         self.module.to(memory_format=memory_format)
         deal_optimizers(self.module)
+        self.module.make_recorder()
 
     def count(self) -> None:
         """Count the arithmetic of the updates that will be timed, on one picture of the batch."""
@@ -160,12 +170,19 @@ class Bench:
             with phase(f"{self.case.name}, {self.case.crop_px}²: update {number + 1} compiled"):
                 self.play("update")
                 wait_for(self.device)
+        self.record("update")
+
+    def record(self, turn: str) -> None:
+        """Play a turn until it is recorded, if it is; note the peak: replays allocate nothing."""
+        for _ in range(WARM_UPS + 1):
+            self.play(turn)
+        self.recorded_gb = peak_gb(self.device) if self.module.recorder.tape else 0.0
 
     def rows(self, mode: str, *, repeats: int, turns: Sequence[str] | None = None) -> list[Row]:
         """Time turns; all, if none are named."""
         timed = []
         for turn in turns or self.turns:
-            self.play(turn)
+            self.record(turn)
             times = time_calls(
                 partial(self.play, turn), calls=self.calls, repeats=repeats, device=self.device
             )
@@ -183,13 +200,13 @@ class Bench:
         return Row(self.case.name, turn, mode, size, self.case.crop_px, times.seconds,
                    times.host_seconds, times.spread, size / times.seconds,
                    flops / times.seconds / 1e12, flops / times.seconds / self.rate,
-                   times.peak_gb, self.rate / 1e12, self.also)  # fmt: skip
+                   max(times.peak_gb, self.recorded_gb), self.rate / 1e12, self.also)  # fmt: skip
 
 
 @contextmanager
 def plainly(module: UpdateModule) -> Iterator[None]:
     """Let a module play without compilation, and convolve directly."""
-    with torch.compiler.set_stance("force_eager"), plain_convolutions(module):
+    with module.as_written(), plain_convolutions(module):
         yield
 
 

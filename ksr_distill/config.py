@@ -136,11 +136,12 @@ def check_strategy(config: Mapping[str, Any], *, world_size: int) -> None:
             "trainer.strategy=fsdp splits the weights among processes, and this run has 1; use "
             "trainer=auto, or start more (torchrun, slurm/train.sbatch, trainer.devices)"
         )
-    if strategy == "fsdp" and config["compile_networks"]:
-        raise ValueError(
-            f"compile_networks={config['compile_networks']} with trainer.strategy=fsdp: weights "
-            "that come and go cannot be compiled over; use compile_networks=false"
-        )
+    for key in ("compile_networks", "cuda_graphs"):
+        if strategy == "fsdp" and config[key]:
+            raise ValueError(
+                f"{key}={config[key]} with trainer.strategy=fsdp: weights that come and go cannot "
+                f"be compiled over or recorded; use {key}=false"
+            )
 
 
 def model_stride(config: Mapping[str, Any]) -> int:

@@ -42,8 +42,7 @@ def wgan_gp_head_penalty(
     real: Sequence[Tensor],
     fake: Sequence[Tensor],
     t: Tensor,
-    *,
-    generator: torch.Generator,
+    mixing: Float[Tensor, "b 1 1 1"],
 ) -> Float[Tensor, ""]:
     """Return the mean over levels and samples of (‖∂D_k / ∂ñ_k‖ - 1)² (arXiv:1704.00028, eq. 3).
 
@@ -52,12 +51,10 @@ def wgan_gp_head_penalty(
     place counts as one whatever the crop.
 
     Args:
-        generator: Draws one mixing weight a sample.
+        mixing: One weight a sample, uniform in [0, 1].
     """
-    batch = real[0].shape[0]
-    u = torch.rand(batch, 1, 1, 1, generator=generator, device=generator.device).to(real[0].device)
     mixed = [
-        torch.lerp(a.detach().float(), b.detach().float(), u).requires_grad_()
+        torch.lerp(a.detach().float(), b.detach().float(), mixing).requires_grad_()
         for a, b in zip(fake, real, strict=True)
     ]
     levels = heads(mixed, t)

@@ -142,10 +142,14 @@ class ResNetBlock(nn.Module):
         main = self.norm_1(hidden)
         if not (self.resample_main is None or isinstance(self.conv_1, ConvOfEnlarged)):
             main = self.resample_main(main)
-        main = self.conv_1(main)
-        main = self.norm_2(main) * (scale + 1) + shift
-        main = self.conv_2(self.dropout(F.silu(main)))
-        return main + self.shortcut(hidden)
+        main = self.activated(self.conv_1(main), scale, shift)
+        return self.conv_2(self.dropout(main)) + self.shortcut(hidden)
+
+    def activated(
+        self, main: Float[Tensor, "b c h w"], scale: Tensor, shift: Tensor
+    ) -> Float[Tensor, "b c h w"]:
+        """Return GroupNorm → ·(scale + 1) + shift → SiLU of the first half."""
+        return F.silu(self.norm_2(main) * (scale + 1) + shift)
 
     def shortcut(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         """Return the block's input in its output's size and channels."""

@@ -1,6 +1,6 @@
 """How the student's terms are weighed against each other: by their push on the picture."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -37,12 +37,13 @@ class GradientBalance(nn.Module):
         self.register_buffer("mean_squares", torch.zeros(len(self.weights)))
         self.register_buffer("largest", torch.zeros(len(self.weights)))
         self.register_buffer("num_turns", torch.zeros(()))
-        self._measured: list[Tensor] = []
 
     def push(
         self, losses: Mapping[str, Tensor], pred_x_0: Float[Tensor, "b 3 H W"]
-    ) -> Float[Tensor, "b 3 H W"]:
-        """Return the weighted sum of the terms' gradients at pred_x_0; zero in the first turn.
+    ) -> tuple[Float[Tensor, "b 3 H W"], Float[Tensor, " terms"]]:
+        """Return the weighted sum of the terms' gradients at pred_x_0, and their measure.
+
+        The sum is zero in the first turn, which only measures.
 
         Args:
             losses: Means over the micro-batch, by term; their graphs are kept.
@@ -53,13 +54,15 @@ class GradientBalance(nn.Module):
             (gradient,) = torch.autograd.grad(losses[name], pred_x_0, retain_graph=True)
             measured.append(gradient.square().sum() * batch)
             total += weight * gradient * (self._scale(i, numel) if self.enabled else 1.0)
-        self._measured.append(torch.stack(measured))
-        return total
+        return total, torch.stack(measured)
 
-    def end_turn(self) -> dict[str, Tensor]:
-        """Fold this turn's norms into the running ones; return the running ones by term."""
-        measured = torch.stack(self._measured).mean(dim=0)
-        self._measured.clear()
+    def end_turn(self, measures: Sequence[Float[Tensor, " terms"]]) -> dict[str, Tensor]:
+        """Fold a turn's measures into the running norms; return the running ones by term.
+
+        Args:
+            measures: Of the turn's micro-batches.
+        """
+        measured = torch.stack(list(measures)).mean(dim=0)
         if dist.is_initialized():
             dist.all_reduce(measured)
             measured /= dist.get_world_size()

@@ -3,10 +3,11 @@
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.training.compiling import WAYS, compile_network
 from ksr_distill.training.ema import ema_decay, update_ema
+from ksr_distill.training.recording import CudaTape, Recorder
 from ksr_distill.training.settings import PlayerOptim, require
+from ksr_distill.training.strategy import average_gradients
 from ksr_distill.types import Batch
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ class UpdateModule(LightningModule):
         ema_decay: Final decay of the averaged network.
         compile_networks: What of the networks is compiled, see ``compiling.WAYS``; worth its minute
             from some hundred updates on.
+        cuda_graphs: Replay updates from recordings, see ``recording``; on a CPU they are played.
         record: What an exported folder must know, e.g. the resolved config. Plain types.
     """
 
@@ -50,16 +54,20 @@ class UpdateModule(LightningModule):
         num_updates: int,
         ema_decay: float,
         compile_networks: bool | str,
+        cuda_graphs: bool | str,
         record: dict[str, Any],
     ) -> None:
-        allowed = "false, networks, blocks or graphs"
+        allowed = "false, networks, blocks or norms"
         require(compile_networks in WAYS, "compile_networks", compile_networks, allowed)
+        require(isinstance(cuda_graphs, bool), "cuda_graphs", cuda_graphs, "true or false")
         super().__init__()
         self.automatic_optimization = False
         self.seed = seed
         self.num_updates = num_updates
         self.ema_decay = ema_decay
         self.compile_networks = compile_networks
+        self.cuda_graphs = bool(cuda_graphs)
+        self.recorder = Recorder(None)
         self.record = {"seed": seed, **record}
         self.update = 0
         self.network_updates: dict[str, int] = {}
@@ -96,6 +104,36 @@ class UpdateModule(LightningModule):
     def average_of(self, network: nn.Module) -> nn.Module:
         """Return a frozen copy that will follow the network."""
         return copy.deepcopy(network).requires_grad_(False).eval()
+
+    @property
+    def reduces_gradients(self) -> bool:
+        """Whether ``step`` averages gradients over the ranks itself: recordings have no hooks."""
+        return self.cuda_graphs
+
+    def on_train_start(self) -> None:
+        """Make the recorder.
+
+        Raises:
+            ValueError: If a recording would write over the gradients of earlier micro-batches.
+        """
+        if self.cuda_graphs and self.accumulate > 1:
+            raise ValueError(
+                f"cuda_graphs=true with {self.accumulate} micro-batches in an update: a recorded "
+                "backward writes over the gradients of the one before; use "
+                "data.micro_batch_size=null, or cuda_graphs=false"
+            )
+        self.make_recorder()
+
+    def make_recorder(self) -> None:
+        """Record updates from now on, where there is a device that can repeat them."""
+        records = self.cuda_graphs and self.device.type == "cuda"
+        self.recorder = Recorder(CudaTape() if records else None)
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """Play neither compiled nor recorded meanwhile."""
+        with torch.compiler.set_stance("force_eager"), self.recorder.paused():
+            yield
 
     @property
     def frozen_prefix(self) -> str | None:
@@ -166,6 +204,8 @@ class UpdateModule(LightningModule):
         optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
         for group in optimizer.param_groups:
             group["lr"] = self.learning_rate(name)
+        if self.reduces_gradients and dist.is_initialized():
+            average_gradients(network)
         norm = nn.utils.clip_grad_norm_(network.parameters(), optim.clip_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()

@@ -1,4 +1,4 @@
-"""What torch.compile is given: whole networks, each kind of block once, or CUDA graphs.
+"""What torch.compile is given: whole networks, or each kind of block once.
 
 Shapes are compiled as they come: crops have one size, and a first small batch (DDP's rehearsal)
 would otherwise turn every later kernel into one for any size.
@@ -9,17 +9,16 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ksr_distill.models import KSRUNet
 from ksr_distill.models.blocks import ResNetBlock
 
 C = TypeVar("C", bound=Callable[..., Any])
 
-WAYS = (False, "networks", "blocks", "graphs")
-"""``compile_networks``: ``networks`` runs fastest and compiles for minutes at full size; ``blocks``
-compiles each kind of ResNet block once and loses a few per cent; ``graphs`` replays a whole network
-as a CUDA graph, for small ones whose kernels are shorter than the host needs to launch them."""
+WAYS = (False, "networks", "blocks", "norms")
+"""``compile_networks``: ``networks`` runs fastest and compiles for minutes; ``blocks`` compiles
+each kind of ResNet block once and loses a few per cent; ``norms`` compiles what lies between the
+convolutions, where plain PyTorch reads and writes each pixel ten times, and begins soonest."""
 
 KINDS_OF_BLOCKS = 128
 """Channels, sizes, with and without gradient, trained and frozen: 48 at full size."""
@@ -27,25 +26,43 @@ KINDS_OF_BLOCKS = 128
 
 def compile_network(network: nn.Module, way: str) -> nn.Module:
     """Return a network, perhaps in its wrapper, as gradient-carrying forwards should call it."""
-    if way == "blocks":
-        compile_blocks(network)
+    if way in IN_PLACE:
+        IN_PLACE[way](network)
         return network
-    # DDP's hooks must see gradients where they put them, not in a graph's own memory.
-    has_graph = way == "graphs" and not isinstance(network, DistributedDataParallel)
-    mode = "reduce-overhead" if has_graph else None
-    return cast(nn.Module, torch.compile(network, dynamic=False, mode=mode))
+    return cast(nn.Module, torch.compile(network, dynamic=False))
 
 
 def compile_blocks(network: nn.Module) -> None:
     """Compile the blocks of a U-Net in place, and its last layers."""
-    limit: Any = torch._dynamo.config
-    limit.recompile_limit = max(limit.recompile_limit, KINDS_OF_BLOCKS)
+    allow_kinds_of_blocks()
     for part in network.modules():
         if isinstance(part, ResNetBlock):
             part.compile(dynamic=False)
         if isinstance(part, KSRUNet):
-            finish = KSRUNet.finish.__get__(part)
-            part.finish = torch.compile(finish, dynamic=False)  # type: ignore[method-assign]
+            part.finish = compile_function(KSRUNet.finish.__get__(part))  # type: ignore[method-assign]
+
+
+def compile_norms(network: nn.Module) -> None:
+    """Compile the norms of a U-Net's blocks in place, with what is done to their results."""
+    allow_kinds_of_blocks()
+    for part in network.modules():
+        if isinstance(part, ResNetBlock):
+            part.norm_1.compile(dynamic=False)
+            activated = ResNetBlock.activated.__get__(part)
+            part.activated = compile_function(activated)  # type: ignore[method-assign]
+
+
+IN_PLACE: dict[str, Callable[[nn.Module], None]] = {
+    "blocks": compile_blocks,
+    "norms": compile_norms,
+}
+"""Ways that leave a network as it is and compile parts of it."""
+
+
+def allow_kinds_of_blocks() -> None:
+    """Let the compiler keep a version of a part for each kind of block."""
+    limit: Any = torch._dynamo.config
+    limit.recompile_limit = max(limit.recompile_limit, KINDS_OF_BLOCKS)
 
 
 def compile_function(function: C) -> C:

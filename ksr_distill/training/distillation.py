@@ -8,7 +8,7 @@ Recipe: Kandinsky 3.1 Flash (arXiv:2312.03511, §5.1), adversarial diffusion dis
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -30,7 +30,7 @@ from ksr_distill.models import Critic, KSRUNet, enlarge, judge, layout_of
 from ksr_distill.randomness import Stream
 from ksr_distill.training.balance import GradientBalance
 from ksr_distill.training.base import UpdateModule
-from ksr_distill.training.compiling import compile_blocks, compile_function
+from ksr_distill.training.compiling import IN_PLACE, compile_function
 from ksr_distill.training.settings import CriticTerms, GameSettings, PlayerOptim, StudentTerms
 from ksr_distill.training.validation import (
     Sampler,
@@ -55,7 +55,16 @@ class Round:
     timestep: int  # all of t, on the host: nobody waits for the device
     critic_eps: Float[Tensor, "b 3 H W"]
     critic_t: Int[Tensor, " b"]
-    generator: torch.Generator
+    penalty_draw: Tensor | None  # of the critic's penalty: ξ, or where it mixes
+
+
+@dataclass
+class Sight:
+    """What the student is given in one step of sampling."""
+
+    x_t: Float[Tensor, "b 3 H W"]
+    t: Int[Tensor, " b"]
+    lowres: Float[Tensor, "b 3 H W"]
 
 
 @dataclass
@@ -65,6 +74,15 @@ class Play:
     pred_x_0: Float[Tensor, "b 3 H W"]
     fake: list[Tensor]
     real: list[Tensor]
+
+
+@dataclass
+class Verdict:
+    """The critic's losses by name, and its scores; holds no graph."""
+
+    losses: dict[str, Tensor]
+    scores_real: list[Tensor]
+    scores_fake: list[Tensor]
 
 
 @dataclass
@@ -137,6 +155,7 @@ class DistillationModule(UpdateModule):
         # With one micro-batch both turns share the student's and the trunk's forward pass: neither
         # changes between them. With more, the graphs would not fit, and the student plays again.
         shares_graph = student_moves and len(rounds) == 1
+        rounds = self.begin("both turns" if shares_graph else "critic's turn", rounds)
         plays = [self.play(r, with_gradient=shares_graph) for r in rounds]
         values = self.critic_turn(rounds, plays)
         if student_moves:
@@ -168,12 +187,21 @@ class DistillationModule(UpdateModule):
         t = torch.full(x_0.shape[:1], timestep, device=x_0.device)
         start = x_0
         if simulates and earlier:
-            start = sample_few_steps(self.wrapped("student"), lowres, timesteps=earlier,
+            start = sample_few_steps(self.estimate, lowres, timesteps=earlier,
                                      schedule=self.schedule, draw_noise=draw_noise)  # fmt: skip
         eps = draw_noise(0)
         x_t = self.schedule.add_noise(start, eps, t) if earlier else eps
         critic_t = self.draw_critic_t(x_0, generator)
-        return Round(x_0, lowres, x_t, t, timestep, draw_noise(0), critic_t, generator)
+        critic_eps, penalty_draw = draw_noise(0), self.draw_for_penalty(x_0, generator)
+        return Round(x_0, lowres, x_t, t, timestep, critic_eps, critic_t, penalty_draw)
+
+    def estimate(self, x_t: Tensor, t: Tensor, lowres: Tensor) -> Float[Tensor, "b 3 H W"]:
+        """Return the student's estimate in a roll-out; good until the next one is asked for."""
+        self.recorder.begin("estimate")
+        sight = self.recorder.hold(Sight(x_t, t, lowres))
+        return self.recorder.play(
+            "estimate", lambda: self.wrapped("student")(sight.x_t, sight.t, sight.lowres)
+        )
 
     def draw_critic_t(self, x_0: Tensor, generator: torch.Generator) -> Int[Tensor, " b"]:
         """Draw the timesteps at which the critic looks: log-SNR uniform, towards little noise.
@@ -185,8 +213,25 @@ class DistillationModule(UpdateModule):
         t = self.schedule.timestep_of_log_snr(low + (high - low) * u)
         return t.clamp(*self.game.critic_timesteps)
 
+    def draw_for_penalty(self, x_0: Tensor, generator: torch.Generator) -> Tensor | None:
+        """Draw what the critic's penalty needs, if anything."""
+        if self.critic_terms.penalty == "ar1":
+            return noise_from(generator, x_0.shape, device=x_0.device)(0)
+        if self.critic_terms.penalty == "wgan_gp_head":
+            shape = (x_0.shape[0], 1, 1, 1)
+            return torch.rand(shape, generator=generator, device=x_0.device)
+        return None
+
+    def begin(self, turns: str, rounds: Sequence[Round]) -> list[Round]:
+        """Begin what is recorded as one; return the rounds where it reads them."""
+        self.recorder.begin(turns)
+        return [self.recorder.hold(r) for r in rounds]
+
     def play(self, r: Round, *, with_gradient: bool) -> Play:
         """Let the student estimate, and the trunk look at the estimate and at the original."""
+        return self.recorder.play("play", lambda: self._play(r, with_gradient=with_gradient))
+
+    def _play(self, r: Round, *, with_gradient: bool) -> Play:
         with torch.set_grad_enabled(with_gradient):
             pred_x_0 = self.wrapped("student")(r.x_t, r.t, r.lowres).float()
             fake = self.look(pred_x_0, r)
@@ -202,26 +247,36 @@ class DistillationModule(UpdateModule):
         """Teach the heads: E[D(f)] - E[D(r)] + γ·R + drift·E[D(r)²]; step the critic."""
         for i, (r, play) in enumerate(zip(rounds, plays, strict=True)):
             with self.no_sync_but_last("critic", i, len(rounds)):
-                losses = self.critic_losses(r, play)
-                with self.in_float32():
-                    self.manual_backward(losses["train/loss_critic"] / len(rounds))
-        return {**losses, "train/critic_gradient_norm": self.step("critic")}
+                verdict = self.recorder.play(
+                    "critic",
+                    lambda r=r, play=play: self.critic_gradient(r, play, share=1 / len(rounds)),
+                    trains=self.critic.heads,
+                )
+        self.table = Table(r.x_0, play.pred_x_0.detach(), r.timestep,
+                           verdict.scores_real, verdict.scores_fake)  # fmt: skip
+        return {**verdict.losses, "train/critic_gradient_norm": self.step("critic")}
 
-    def critic_losses(self, r: Round, play: Play) -> dict[str, Tensor]:
-        """Return the critic's loss and its parts."""
+    def critic_gradient(self, r: Round, play: Play, *, share: float) -> Verdict:
+        """Add the gradient of the critic's loss, times this micro-batch's share, to the heads."""
         terms = self.critic_terms
         with self.in_float32():
             scores_fake = self.wrapped("critic")(self.heads_inputs(play.fake), r.critic_t)
         scores_real, penalty = self.scores_and_penalty(r, play)
         gap = critic_loss(scores_real, scores_fake)
         drift = drift_penalty(scores_real)
-        shown = ([s.detach() for s in side] for side in (scores_real, scores_fake))
-        self.table = Table(r.x_0, play.pred_x_0.detach(), r.timestep, *shown)
-        return {
-            "train/loss_critic": gap + terms.penalty_weight * penalty + terms.drift_weight * drift,
+        loss = gap + terms.penalty_weight * penalty + terms.drift_weight * drift
+        with self.in_float32():
+            self.manual_backward(loss * share)
+        losses = {
+            "train/loss_critic": loss,
             "train/wasserstein_gap": -gap,
             "train/gradient_penalty": penalty,
         }
+        return Verdict(
+            {name: value.detach() for name, value in losses.items()},
+            [score.detach() for score in scores_real],
+            [score.detach() for score in scores_fake],
+        )
 
     def scores_and_penalty(self, r: Round, play: Play) -> tuple[list[Tensor], Float[Tensor, ""]]:
         """Return the scores of the originals, and R without its weight γ."""
@@ -235,11 +290,10 @@ class DistillationModule(UpdateModule):
         penalty = scores[0].new_zeros(())
         if kind == "wgan_gp_head":
             with self.in_float32():
-                penalty = wgan_gp_head_penalty(
-                    heads, real, play.fake, r.critic_t, generator=r.generator
-                )
+                mixing = cast(Tensor, r.penalty_draw)
+                penalty = wgan_gp_head_penalty(heads, real, play.fake, r.critic_t, mixing)
         if kind == "ar1":
-            xi = noise_from(r.generator, r.x_0.shape, device=r.x_0.device)(0)
+            xi = cast(Tensor, r.penalty_draw)
             with torch.no_grad():
                 perturbed = self.look(r.x_0 + self.critic_terms.ar1_sigma * xi, r)
             penalty = approximate_r1_penalty(
@@ -265,15 +319,32 @@ class DistillationModule(UpdateModule):
 
         The very first turn only takes the terms' measure: its push is zero.
         """
+        measures = []
         for i, r in enumerate(rounds):
             with self.no_sync_but_last("student", i, len(rounds)):
                 play = plays[i] if plays is not None else self.play(r, with_gradient=True)
-                losses = self.student_losses(r, play)
-                push = self.balance.push(losses, play.pred_x_0)
-                play.pred_x_0.backward(push / len(rounds))
+                losses, measure = self.recorder.play(
+                    "student",
+                    lambda r=r, play=play: self.student_gradient(r, play, share=1 / len(rounds)),
+                    trains=self.student,
+                )
+            measures.append(measure)
         terms = {f"train/{name}": loss for name, loss in losses.items()}
-        return {**terms, **self.balance.end_turn(),
+        return {**terms, **self.balance.end_turn(measures),
                 "train/student_gradient_norm": self.step("student")}  # fmt: skip
+
+    def student_gradient(
+        self, r: Round, play: Play, *, share: float
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Add the balanced terms' gradient, times this micro-batch's share, to the student.
+
+        Returns:
+            The terms, and what the balance measured of them.
+        """
+        losses = self.student_losses(r, play)
+        push, measure = self.balance.push(losses, play.pred_x_0)
+        play.pred_x_0.backward(push * share)
+        return {name: loss.detach() for name, loss in losses.items()}, measure
 
     def student_losses(self, r: Round, play: Play) -> dict[str, Tensor]:
         """Return the terms whose weight is not 0, by name."""
@@ -297,8 +368,8 @@ class DistillationModule(UpdateModule):
 
     def compile_looking(self) -> None:
         """Compile what looks at pictures: trunk, normalisation, heads and losses of features."""
-        if self.compile_networks == "blocks":
-            compile_blocks(self.critic.trunk)
+        if self.compile_networks in IN_PLACE:
+            IN_PLACE[str(self.compile_networks)](self.critic.trunk)
         else:
             self.critic.encode = compile_function(self.critic.encode)
         self.critic.normalise = compile_function(self.critic.normalise)

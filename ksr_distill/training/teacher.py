@@ -1,5 +1,6 @@
 """Teacher training: predict the clean image from any amount of noise."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,16 @@ DETAIL_LOG_SNR = (3.0, 9.0)
 Measured with a critic (docs/experiments.md, "where the critic can see"). It is t < 65: with t
 uniform, one draw in fifteen.
 """
+
+
+@dataclass
+class Round:
+    """One micro-batch: the originals, and what the teacher is given."""
+
+    x_0: Float[Tensor, "b 3 H W"]
+    lowres: Float[Tensor, "b 3 H W"]  # enlarged
+    x_t: Float[Tensor, "b 3 H W"]
+    t: Int[Tensor, " b"]
 
 
 class TeacherModule(UpdateModule):
@@ -68,22 +79,33 @@ class TeacherModule(UpdateModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002 - Lightning's
         """Make one update: noise the originals, estimate them, and step."""
-        rounds = list(self.micro_batches(batch))
-        for i, (micro_batch, generator) in enumerate(rounds):
+        rounds = [self.deal(*micro_batch) for micro_batch in self.micro_batches(batch)]
+        self.recorder.begin("update")
+        for i, dealt in enumerate(rounds):
+            r = self.recorder.hold(dealt)
             with self.no_sync_but_last("teacher", i, len(rounds)):
-                loss = self.loss(micro_batch, generator)
-                self.manual_backward(loss / len(rounds))
+                loss = self.recorder.play(
+                    "teacher",
+                    lambda r=r: self.teacher_gradient(r, share=1 / len(rounds)),
+                    trains=self.teacher,
+                )
         gradient_norm = self.step("teacher")
         self.end_update({"train/loss": loss, "train/gradient_norm": gradient_norm})
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> Float[Tensor, ""]:
-        """Return the distance of pred_x_0 to x_0 at random timesteps."""
+    def deal(self, batch: Batch, generator: torch.Generator) -> Round:
+        """Noise the originals, each to a timestep of its own."""
         x_0, lowres = batch[0], enlarge(batch[1], batch[0])  # compiled alike for every scale
         t = self.draw_t(x_0, generator)
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-        pred_x_0 = self.wrapped("teacher")(self.schedule.add_noise(x_0, eps, t), t, lowres)
+        return Round(x_0, lowres, self.schedule.add_noise(x_0, eps, t), t)
+
+    def teacher_gradient(self, r: Round, *, share: float) -> Float[Tensor, ""]:
+        """Add the loss's gradient, times this micro-batch's share; return pred_x_0's distance."""
+        pred_x_0 = self.wrapped("teacher")(r.x_t, r.t, r.lowres)
         distance = F.mse_loss if self.distance == "l2" else F.l1_loss
-        return distance(pred_x_0.float(), x_0)
+        loss = distance(pred_x_0.float(), r.x_0)
+        self.manual_backward(loss * share)
+        return loss.detach()
 
     def draw_t(
         self, x_0: Float[Tensor, "b 3 H W"], generator: torch.Generator

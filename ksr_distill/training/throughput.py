@@ -77,14 +77,15 @@ class Throughput(Callback):
             self._begin_counting(pl_module)
 
     def _begin_counting(self, pl_module: pl.LightningModule) -> None:
-        is_compiled = bool(getattr(pl_module, "compile_networks", False))
+        module: Any = pl_module
+        is_compiled = getattr(module, "compile_networks", False)
         if is_compiled and not _eager_update_fits(pl_module.device):
             self.count_flops = False
             return
         self._counter = ArithmeticCounter()
         self._counting = ExitStack()
-        if is_compiled:  # kernels of compiled code are invisible to the counter
-            self._counting.enter_context(torch.compiler.set_stance("force_eager"))
+        if hasattr(module, "as_written"):  # kernels of compiled code are invisible to the counter
+            self._counting.enter_context(module.as_written())
         self._counting.enter_context(self._counter)
 
     def _end_counting(self) -> None:

@@ -139,16 +139,18 @@ def test_a_killed_sharded_run_continues_bit_for_bit_and_one_process_continues_it
 
 
 @pytest.mark.parametrize(
-    ("strategy", "world_size", "compiles", "remedy"),
+    ("strategy", "world_size", "changes", "remedy"),
     [
-        ("ddp", 2, False, "use auto .* or fsdp"),
-        ("fsdp", 1, False, "use trainer=auto"),
-        ("fsdp", 2, True, "use compile_networks=false"),
+        ("ddp", 2, {}, "use auto .* or fsdp"),
+        ("fsdp", 1, {}, "use trainer=auto"),
+        ("fsdp", 2, {"compile_networks": "networks"}, "use compile_networks=false"),
+        ("fsdp", 2, {"cuda_graphs": True}, "use cuda_graphs=false"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused_with_what_to_use(
-    strategy: str, world_size: int, compiles: bool, remedy: str
+    strategy: str, world_size: int, changes: dict[str, Any], remedy: str
 ) -> None:
-    config = {"trainer": {"strategy": strategy}, "compile_networks": compiles}
+    plain = {"compile_networks": False, "cuda_graphs": False}
+    config = {"trainer": {"strategy": strategy}, **plain, **changes}
     with pytest.raises(ValueError, match=remedy):
         check_strategy(config, world_size=world_size)

@@ -41,37 +41,41 @@ def result(folder: Path, rank: int = 0) -> dict[str, Any]:
 
 
 ACCUMULATE = (1, 2, 4)
+BY = ("DDP", "itself")
 
 
 def tell_gradients(folder: Path) -> None:
     """Make one update for each number of micro-batches; tell each rank's gradients of each turn."""
     for accumulate in ACCUMULATE:
-        players = TwoPlayers(num_updates=1, global_batch=48, accumulate=accumulate)
-        train(folder / f"run.{accumulate}", module=players)
-        torch.save(players.gradients, folder / f"gradients.{accumulate}.{players.global_rank}.pt")
+        for by in BY:
+            players = TwoPlayers(num_updates=1, global_batch=48, accumulate=accumulate,
+                                 reduces_gradients=by == "itself")  # fmt: skip
+            train(folder / f"run.{by}.{accumulate}", module=players)
+            torch.save(players.gradients, folder / f"{by}.{accumulate}.{players.global_rank}.pt")
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], dict[str, Any]]:
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
     folders: dict[int, Path] = {}
 
-    def of_rank(world: int, accumulate: int, rank: int = 0) -> dict[str, Any]:
+    def of_rank(world: int, accumulate: int, by: str, rank: int = 0) -> dict[str, Any]:
         if world not in folders:
             folders[world] = tmp_path_factory.mktemp(f"world{world}")
             Processes(world, tell_gradients, folders[world]).succeed()
-        return torch.load(folders[world] / f"gradients.{accumulate}.{rank}.pt", weights_only=True)
+        return torch.load(folders[world] / f"{by}.{accumulate}.{rank}.pt", weights_only=True)
 
     return of_rank
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("accumulate", ACCUMULATE)
+@pytest.mark.parametrize("by", BY)
 def test_any_number_of_processes_has_the_gradient_of_the_whole_batch(
-    gradients: Callable[..., dict[str, Any]], world: int, accumulate: int
+    gradients: Callable[..., dict[str, Any]], world: int, accumulate: int, by: str
 ) -> None:
-    whole = gradients(1, 1)
+    whole = gradients(1, 1, "DDP")
     for rank in range(world):
-        for name, gradient in gradients(world, accumulate, rank).items():
+        for name, gradient in gradients(world, accumulate, by, rank).items():
             torch.testing.assert_close(gradient, whole[name], rtol=0, atol=1e-6)
             assert gradient.abs().max() > 1e-3
 

@@ -16,12 +16,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.training.checkpoints import RunCheckpoint, last_good_checkpoint
-from ksr_distill.training.strategy import PerNetworkDDP
+from ksr_distill.training.strategy import PerNetworkDDP, average_gradients
 
 SEED = 1234
 
@@ -55,7 +56,12 @@ def network(outputs: int, stream: int) -> nn.Sequential:
 
 class TwoPlayers(pl.LightningModule):
     def __init__(
-        self, *, global_batch: int = 12, accumulate: int = 1, num_updates: int = 8
+        self,
+        *,
+        global_batch: int = 12,
+        accumulate: int = 1,
+        num_updates: int = 8,
+        reduces_gradients: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -63,6 +69,7 @@ class TwoPlayers(pl.LightningModule):
         self.student_ema = network(8, 0).requires_grad_(False)
         self.global_batch, self.accumulate, self.num_updates = global_batch, accumulate, num_updates
         self.update = 0
+        self.reduces_gradients = reduces_gradients
         self.at: Callable[[TwoPlayers, str], None] = lambda *_: None
         self.gradients: dict[str, Tensor] = {}
         self.logged: dict[str, float] = {}
@@ -106,6 +113,8 @@ class TwoPlayers(pl.LightningModule):
             with contextlib.nullcontext() if is_last else free():
                 self.manual_backward(loss(real, noise) / self.accumulate)
         network = self.trainable_networks()[name]
+        if self.reduces_gradients and dist.is_initialized():
+            average_gradients(network)
         self.gradients[name] = torch.cat([p.grad.flatten() for p in network.parameters()])
         optimizer.step()
         optimizer.zero_grad()

@@ -78,7 +78,7 @@ def make_module() -> Callable[..., OnePlayerBoard]:
             "student_terms": StudentTerms(adversarial=1.0, l1=0.5, feature_matching=0.5,
                                           lowres_consistency=0.25, balance=True, balance_floor=0.0),
             "scale": 2, "seed": 1, "num_updates": 100, "ema_decay": 0.999,
-            "compile_networks": False, "record": {},
+            "compile_networks": False, "cuda_graphs": False, "record": {},
         }  # fmt: skip
         return OnePlayerBoard(**{**defaults, **changes}).train()
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ksr_distill.models.blocks import ResNetBlock
+from ksr_distill.models.norms import GroupNorm
 from ksr_distill.training import compiling
 from tests.training.conftest import batch
 
@@ -18,11 +19,12 @@ def compiled(monkeypatch):
         return function
 
     monkeypatch.setattr(torch, "compile", note)
-    monkeypatch.setattr(ResNetBlock, "compile", note)
+    for part in (ResNetBlock, GroupNorm):
+        monkeypatch.setattr(part, "compile", note)
     return given
 
 
-@pytest.mark.parametrize("way", ["networks", "blocks", "graphs"])
+@pytest.mark.parametrize("way", ["networks", "blocks", "norms"])
 def test_every_way_plays_the_same_game(make_module, compiled, way):
     ours, plain = make_module(compile_networks=way), make_module()
     for update in range(2):
@@ -44,12 +46,6 @@ def test_blocks_are_those_of_student_and_trunk_but_not_of_the_average(make_modul
 
     assert blocks(module.student) | blocks(module.critic.trunk) <= given
     assert not blocks(module.student_ema) & given
-
-
-def test_only_a_network_of_its_own_becomes_a_cuda_graph(make_module, compiled):
-    module = make_module(compile_networks="graphs")
-    graphs = [function for function, options in compiled if options.get("mode")]
-    assert graphs == [module.student]
 
 
 def test_a_way_that_does_not_exist_is_refused(make_module):

@@ -118,7 +118,7 @@ def join(rounds):
         name: torch.cat([getattr(r, name) for r in rounds])
         for name in ("x_0", "lowres", "x_t", "t", "critic_eps", "critic_t")
     }
-    return type(first)(**tensors, timestep=first.timestep, generator=first.generator)
+    return type(first)(**tensors, timestep=first.timestep, penalty_draw=None)
 
 
 def test_draws_are_functions_of_seed_and_update_alone(make_module):

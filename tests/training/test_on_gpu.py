@@ -1,11 +1,11 @@
-"""What only a GPU can show: the host never waits for it within an update."""
+"""What only a GPU can show: no update waits for it; recorded ones learn what played ones do."""
 
 import pytest
 import torch
 
 from ksr_distill.training.settings import CriticTerms
 from ksr_distill.types import Batch
-from tests.training.conftest import batch
+from tests.training.conftest import adamw, batch, game
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,5 +40,55 @@ def test_a_value_that_is_read_would_be_noticed(make_module):
     try:
         with pytest.raises(RuntimeError, match="synchronizing"):
             float(module.last_values["train/loss_critic"])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+GAMES = [
+    ("r1_head", {}),
+    ("ar1", {}),
+    ("wgan_gp_head", {}),
+    ("r1_head", {"critic_warmup_updates": 3, "critic_updates_per_student": 2}),
+]
+
+
+@pytest.mark.parametrize(("penalty", "changes"), GAMES)
+def test_recorded_updates_learn_what_played_ones_do(make_module, penalty, changes):
+    terms = CriticTerms(penalty=penalty, penalty_weight=0.1, ar1_sigma=0.01, drift_weight=1e-3)
+    start, played, recorded = (
+        make_module(
+            critic_terms=terms, game=game(**changes), cuda_graphs=graphs,
+            student_optim=adamw(learning_rate=1e-4), critic_optim=adamw(learning_rate=1e-4),
+        ).cuda()
+        for graphs in (False, False, True)
+    )  # fmt: skip
+    recorded.make_recorder()
+    for update in range(24):
+        for module in (played, recorded):
+            module.training_step(on_gpu(batch(update)), update)
+    names = {name for s in recorded.recorder.sequences.values() for name in s.pieces}
+    assert names == {"estimate", "play", "critic", "student"}
+    assert recorded.table.timestep == played.table.timestep
+    for part in ("student.", "student_ema.", "critic.heads."):
+        apart, moved = (distance(played, other, part) for other in (recorded, start))
+        assert apart < 0.02 * moved, f"{part} {apart / moved:.2g} of the way apart"
+
+
+def distance(one, other, part):
+    a, b = one.state_dict(), other.state_dict()
+    squares = [(a[n] - b[n]).double().square().sum() for n in a if n.startswith(part)]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+def test_a_recorded_update_never_waits_for_the_device(make_module):
+    module = make_module(cuda_graphs=True).cuda()
+    module.make_recorder()
+    batches = [on_gpu(batch(seed)) for seed in range(24)]
+    for pair in batches[:20]:
+        module.training_step(pair, 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for pair in batches[20:]:
+            module.training_step(pair, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")

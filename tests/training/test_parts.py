@@ -71,13 +71,13 @@ def test_balanced_terms_push_by_their_weights_whatever_their_scale():
         return {"small": 1e-6 * (image - target).square().mean(),
                 "large": 1e6 * (image + target).abs().mean()}  # fmt: skip
 
-    assert balance.push(losses(), image).abs().max() == 0  # the first turn measures
-    balance.end_turn()
-    both = balance.push(losses(), image)
+    push, measure = balance.push(losses(), image)
+    assert push.abs().max() == 0  # the first turn measures
+    balance.end_turn([measure])
+    both, _ = balance.push(losses(), image)
     alone = GradientBalance({"small": 1.0}, enabled=True, floor=0.0)
-    alone.push({"small": losses()["small"]}, image)
-    alone.end_turn()
-    small = alone.push({"small": losses()["small"]}, image)
+    alone.end_turn([alone.push({"small": losses()["small"]}, image)[1]])
+    small, _ = alone.push({"small": losses()["small"]}, image)
     # Unit: the gradient of a mean L1, whose norm per image is 1/√N.
     assert small.flatten(1).square().sum(1).mean().sqrt().item() == pytest.approx(
         48**-0.5 / 2, rel=1e-4
@@ -94,8 +94,9 @@ def test_a_fading_term_is_not_blown_up_beyond_the_floor():
         norms = []
         for turn in range(400):
             loss = {"fading": (1.0 if turn < 20 else 0.01) * image.square().mean()}
-            norms.append(balance.push(loss, image).norm().item())
-            balance.end_turn()
+            push, measure = balance.push(loss, image)
+            norms.append(push.norm().item())
+            balance.end_turn([measure])
         return norms
 
     free, floored = pushes(0.0), pushes(0.3)

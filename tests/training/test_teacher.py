@@ -14,7 +14,8 @@ from tests.training.conftest import TINY, adamw
 def drawn(detail_share: float, update: int = 0) -> torch.Tensor:
     module = TeacherModule(
         unet=KSRUNet(**TINY), optim=adamw(), scale=2, distance="l2", detail_share=detail_share,
-        seed=0, num_updates=10, ema_decay=0.9, compile_networks=False, record={},
+        seed=0, num_updates=10, ema_decay=0.9, compile_networks=False, cuda_graphs=False,
+        record={},
     )  # fmt: skip
     return module.draw_t(torch.zeros(4000, 3, 8, 8), generator_for(0, update))
 
