@@ -39,7 +39,7 @@ QUIET = ("trainer.val_check_interval=1.0", "+trainer.enable_progress_bar=false",
 SIZES = {
     # What loads the links most: all gradients of the full-size network, with the least arithmetic.
     "full": ("module=teacher", "loss=denoising", "model=ksr_x2", "model.dropout=0.0",
-             "data.crop_px=256", "compile_networks=blocks", "cuda_graphs=true"),
+             "data.crop_px=256", "compile_networks=blocks"),
     "mini": ("+experiment=ksr_teacher_mini",),
     "tiny": ("module=teacher", "loss=denoising", "model=tiny", "data.crop_px=32", "trainer=cpu",
              "compile_networks=false", "data.num_workers=1"),

@@ -131,6 +131,7 @@ SHARDS = ("trainer=fsdp", *EXACT)
 RUNS = {
     # name: what is changed, and which signal rank 1 gets in the middle
     "whole": (EXACT, None),
+    "recorded": (("cuda_graphs=true", *EXACT), None),
     "killed": (EXACT, signal.SIGKILL),
     "killed, continued": (EXACT, None),
     "sharded": (SHARDS, None),
@@ -171,7 +172,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("nccl"))
 
 
-@pytest.mark.parametrize("name", ["whole", "sharded", "sharded, bf16"])
+@pytest.mark.parametrize("name", ["whole", "recorded", "sharded", "sharded, bf16"])
 def test_all_ranks_end_with_the_same_weights(runs: Runs, name: str) -> None:
     first, second = runs[name].ranks()
     log.info("%s: %s", name, first)
@@ -196,9 +197,10 @@ def test_a_run_that_was_told_goes_on_from_where_it_was(runs: Runs) -> None:
     assert f"resuming student after update {SIGNALLED_AT + 1}" in told
 
 
-def test_shards_train_as_whole_networks_do(runs: Runs) -> None:
-    share = apart(runs["whole"], runs["sharded"])
-    log.info("sharded and whole: %.3g of the way apart", share)
+@pytest.mark.parametrize("name", ["recorded", "sharded"])
+def test_every_way_trains_as_whole_networks_do(runs: Runs, name: str) -> None:
+    share = apart(runs["whole"], runs[name])
+    log.info("%s and whole: %.3g of the way apart", name, share)
     assert share < 0.02
 
 
