@@ -23,7 +23,8 @@ class Throughput(Callback):
 
     ``speed/updates_per_s``, ``speed/images_per_s`` (all ranks), ``speed/tflops`` (a rank),
     ``speed/checkpoint_share``, and for each rank ``rank/R/loader_wait_share`` and
-    ``rank/R/memory_gb``. The device is waited for at these updates only.
+    ``rank/R/memory_gb``. The device is waited for at these updates only. On a GPU the wait is the
+    device's own: it may still be at the last update while the host fetches the next batch.
     """
 
     def __init__(self, *, every_updates: int, count_flops: bool) -> None:
@@ -53,6 +54,7 @@ class Throughput(Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin the first window."""
+        self._gaps = DeviceGaps() if pl_module.device.type == "cuda" else None
         self._begin_window(trainer)
         self._ready_at = time.monotonic()
 
@@ -71,7 +73,10 @@ class Throughput(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Stop the loader's clock; begin to count the arithmetic if this is the update for it."""
-        self._waited_s += time.monotonic() - self._ready_at
+        if self._gaps is None:
+            self._waited_s += time.monotonic() - self._ready_at
+        else:
+            self._gaps.end()
         self._images += len(batch[0]) if isinstance(batch, tuple) else 1
         if self.count_flops and self.flops_per_update is None and _is_typical(pl_module):
             self._begin_counting(pl_module)
@@ -104,10 +109,14 @@ class Throughput(Callback):
             self._report(trainer, pl_module.device)
             self._begin_window(trainer)
         self._ready_at = time.monotonic()
+        if self._gaps is not None:
+            self._gaps.begin()
 
     def _report(self, trainer: pl.Trainer, device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        if self._gaps is not None:
+            self._waited_s = self._gaps.seconds()
         saved_s = self._saved_before_s
         seconds = time.monotonic() - self._window_began - self._validated_s
         updates = completed_updates(trainer) - self._window_update
@@ -137,6 +146,8 @@ class Throughput(Callback):
         if not trainer.sanity_checking:
             self._validated_s += time.monotonic() - self._validation_began
             self._ready_at = time.monotonic()
+            if self._gaps is not None:
+                self._gaps.begin()
 
     @override
     def on_exception(
@@ -144,6 +155,38 @@ class Throughput(Callback):
     ) -> None:
         """Leave the counter's mode, whatever happened inside."""
         self._end_counting()
+
+
+class DeviceGaps:
+    """Times, on the device, between the end of an update and the beginning of the next.
+
+    An event that finds the device at work is noted when that work is done: then the gap is none.
+    """
+
+    def __init__(self) -> None:
+        self._begun: Any = None
+        self._gaps: list[tuple[Any, Any]] = []
+
+    def begin(self) -> None:
+        """Begin a gap; one that was begun and not ended is forgotten."""
+        self._begun = self._now()
+
+    def end(self) -> None:
+        """End the gap that was begun, if any."""
+        if self._begun is not None:
+            self._gaps.append((self._begun, self._now()))
+            self._begun = None
+
+    def seconds(self) -> float:
+        """Return how long all gaps were together; forget them. The device must be waited for."""
+        total = sum(begin.elapsed_time(end) for begin, end in self._gaps) / 1000
+        self._gaps.clear()
+        return total
+
+    def _now(self) -> Any:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def _is_typical(pl_module: pl.LightningModule) -> bool:
