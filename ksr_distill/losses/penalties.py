@@ -1,12 +1,22 @@
 """What keeps the critic's slope finite. All three penalise the heads, never the trunk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Heads = Callable[[Sequence[Tensor], Tensor], Sequence[Tensor]]
+
+@runtime_checkable
+class Heads(Protocol):
+    """A critic's trained part."""
+
+    def scores_and_slopes(
+        self, features: Sequence[Tensor], t: Tensor
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return each level's map D_k, and ∂ΣD_k / ∂n_k; both can be differentiated."""
+        ...
 
 
 def scores_and_r1(
@@ -14,15 +24,12 @@ def scores_and_r1(
 ) -> tuple[list[Tensor], Float[Tensor, ""]]:
     """Return the heads' maps of the real features and their R1 penalty, both to be differentiated.
 
-    By ``torch.func``, because what is written so can be compiled: double backward included.
-
     Args:
         features: The heads' inputs, detached from the trunk.
         t: The timestep at which the critic looks.
     """
-    scores, pull_back = torch.func.vjp(lambda *levels: tuple(heads(levels, t)), *features)[:2]
-    slopes = pull_back(tuple(torch.ones_like(level) for level in scores))
-    return list(scores), r1_head_penalty(slopes)
+    scores, slopes = heads.scores_and_slopes(features, t)
+    return scores, r1_head_penalty(slopes)
 
 
 def r1_head_penalty(slopes: Sequence[Tensor]) -> Float[Tensor, ""]:
@@ -54,13 +61,14 @@ def wgan_gp_head_penalty(
         mixing: One weight a sample, uniform in [0, 1].
     """
     mixed = [
-        torch.lerp(a.detach().float(), b.detach().float(), mixing).requires_grad_()
+        torch.lerp(a.detach().float(), b.detach().float(), mixing)
         for a, b in zip(fake, real, strict=True)
     ]
-    levels = heads(mixed, t)
-    total = torch.stack([level.sum() / level[0].numel() ** 0.5 for level in levels]).sum()
-    slopes = torch.autograd.grad(total, mixed, create_graph=True)
-    norms = [slope.flatten(1).norm(dim=1) for slope in slopes]
+    levels, slopes = heads.scores_and_slopes(mixed, t)
+    norms = [
+        slope.flatten(1).norm(dim=1) / level[0].numel() ** 0.5
+        for level, slope in zip(levels, slopes, strict=True)
+    ]
     return torch.stack([(norm - 1).square().mean() for norm in norms]).mean()
 
 

@@ -34,17 +34,25 @@ def test_large_and_small_levels_count_alike():
     assert student_loss(real).item() == -2.0
 
 
-def linear_heads(weight):
-    return lambda features, _t: [(n * weight[:, None, None]).sum(1, keepdim=True) for n in features]
+class LinearHeads:
+    """D_k = weight · n_k, place by place."""
+
+    def __init__(self, weight):
+        self.weight = weight[:, None, None]
+
+    def scores_and_slopes(self, features, _t):
+        scores = [(n * self.weight).sum(1, keepdim=True) for n in features]
+        return scores, [self.weight.expand_as(n) for n in features]
 
 
 def test_r1_of_a_linear_critic_is_its_squared_slope_whatever_the_size():
     weight = torch.tensor([3.0, 4.0])
     for side in (2, 8):
         features = [torch.randn(2, 2, side, side)]
-        scores, penalty = scores_and_r1(linear_heads(weight), features, torch.zeros(2))
+        heads = LinearHeads(weight)
+        scores, penalty = scores_and_r1(heads, features, torch.zeros(2))
         assert penalty.item() == pytest.approx(25.0, rel=1e-5)
-        assert torch.equal(scores[0], linear_heads(weight)(features, None)[0])
+        assert torch.equal(scores[0], heads.scores_and_slopes(features, None)[0][0])
 
 
 def test_r1_is_the_mean_over_levels_and_places():
@@ -54,11 +62,11 @@ def test_r1_is_the_mean_over_levels_and_places():
 
 def test_r1_can_be_lowered_by_the_critic():
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    scores_and_r1(linear_heads(weight), [torch.randn(1, 2, 4, 4)], torch.zeros(1))[1].backward()
+    scores_and_r1(LinearHeads(weight), [torch.randn(1, 2, 4, 4)], torch.zeros(1))[1].backward()
     assert torch.allclose(weight.grad, torch.tensor([6.0, 8.0]))
 
 
-def test_r1_by_func_is_r1_by_a_second_graph():
+def test_r1_by_written_slopes_is_r1_by_a_second_graph():
     torch.manual_seed(0)
     heads = CriticHeads((8, 16), channels=8)
     features = [torch.randn(2, 8, 4, 4), torch.randn(2, 16, 2, 2)]
@@ -80,9 +88,7 @@ def test_r1_by_func_is_r1_by_a_second_graph():
 
 @pytest.mark.parametrize(("slope", "expected"), [(1.0, 0.0), (3.0, 4.0)])
 def test_wgan_gp_is_zero_at_slope_one(slope, expected):
-    def heads(features, _t):
-        return [slope * level for level in features]
-
+    heads = LinearHeads(torch.tensor([slope]))
     real, fake = [torch.randn(2, 1, 4, 4)], [torch.randn(2, 1, 4, 4)]
     penalty = wgan_gp_head_penalty(heads, real, fake, torch.zeros(2), torch.rand(2, 1, 1, 1))
     assert penalty.item() == pytest.approx(expected, abs=1e-5)
