@@ -47,6 +47,7 @@ def check_train_config(config: Mapping[str, Any]) -> None:
         ValueError: One line: key, value, what is allowed, what to do.
     """
     check_targets(config)
+    check_game(config)
     check_trainer(config["trainer"])
     check_run_folder(config)
     check_whole_number(config, "num_updates", at_least=1)
@@ -80,6 +81,18 @@ def check_train_config(config: Mapping[str, Any]) -> None:
             f"validate_every={config['validate_every']} is more than num_updates="
             f"{config['num_updates']}, so the run would never be validated; use at most the latter"
         )
+
+
+def check_game(config: Mapping[str, Any]) -> None:
+    """Refuse a distillation by a loss that has no game: an experiment may have set parts of one."""
+    if "game" not in config["module"]:
+        return
+    for part in ("game", "critic", "student"):
+        if "_target_" not in (config["loss"].get(part) or {}):
+            raise ValueError(
+                f"loss.{part} is none of a game: the chosen loss is for a teacher's training; use "
+                "loss=sr_default or loss=kandinsky31"
+            )
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:

@@ -161,7 +161,7 @@ def test_sweeps_pass_the_check_of_overrides():
     ("arguments", "message"),
     [
         (["data.shards=/none/*.tar"], "data.shards='/none/*.tar' matches nothing"),
-        (["loss=denoising"], "not found full_key: module."),
+        (["loss=denoising"], "loss.game is none of a game: the chosen loss is for a teacher's"),
         (["loss.critic.penalty=r2"], "loss.critic.penalty='r2' is not allowed"),
         (["optim.student.learning_rate=1e-4x"], "optim.student.learning_rate='1e-4x' is not"),
     ],
