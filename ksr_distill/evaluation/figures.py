@@ -37,6 +37,8 @@ STYLE: dict[Any, Any] = {
 SPEED_METRICS = ("psnr_y", "swd")
 STEP_METRICS = ("psnr_y", "swd", "top_octave_power_ratio", "lowres_consistency_psnr")
 MAX_CURVE_POINTS = 300
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+"""What matplotlib would write into a picture: a page that needs nothing names no other."""
 
 
 def quality_against_speed(summary: Intervals) -> list[str]:
@@ -192,7 +194,7 @@ def _svg(figure: Figure) -> str:
     """Return the figure as an <svg> element that grows with its box."""
     text = io.StringIO()
     with mpl.rc_context(STYLE):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(text, format="svg", transparent=True, metadata=NO_METADATA)
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     return re.sub(r' (?:width|height)="[^"]*pt"', "", svg, count=2)

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from ksr_distill.evaluation.figures import NO_METADATA
 from ksr_distill.study.findings import Category
 from ksr_distill.study.statistics import BOTH, NEITHER, A, B, Summary
 
@@ -120,7 +121,7 @@ def _svg(figure: Figure, salt: str) -> str:
     """Return the figure as an svg element; the salt keeps two charts' ids apart on one page."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": salt}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata=NO_METADATA)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     return re.sub(r'<g id="[\w.]+">', "<g>", svg)

@@ -76,6 +76,7 @@ def test_the_page_needs_nothing_but_itself(text):
     assert outside == []
     assert not page.find("link")
     assert "url(" not in re.sub(r"url\(#", "", text)
+    assert not re.search(r"https?://(?!www\.w3\.org)", text)
 
 
 def test_names_are_text_and_never_markup(text):
