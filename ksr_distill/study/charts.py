@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from ksr_distill.evaluation.figures import NO_METADATA
 from ksr_distill.study.findings import Category
 from ksr_distill.study.statistics import BOTH, NEITHER, A, B, Summary
 
@@ -24,6 +23,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def overall_chart(overall: Summary, label_a: str, label_b: str) -> str:
