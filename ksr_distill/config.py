@@ -48,6 +48,7 @@ def check_train_config(config: Mapping[str, Any]) -> None:
     """
     check_targets(config)
     check_game(config)
+    check_recording(config)
     check_trainer(config["trainer"])
     check_run_folder(config)
     check_whole_number(config, "num_updates", at_least=1)
@@ -93,6 +94,15 @@ def check_game(config: Mapping[str, Any]) -> None:
                 f"loss.{part} is none of a game: the chosen loss is for a teacher's training; use "
                 "loss=sr_default or loss=kandinsky31"
             )
+
+
+def check_recording(config: Mapping[str, Any]) -> None:
+    """Refuse to record what reads the generators' state: recomputation does, to repeat dropout."""
+    if config["cuda_graphs"] and config["gradient_checkpointing"]:
+        raise ValueError(
+            "cuda_graphs=true with gradient_checkpointing=true: an update that computes "
+            "activations again cannot be recorded; use cuda_graphs=false"
+        )
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:

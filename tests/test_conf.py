@@ -81,6 +81,7 @@ def test_every_option_of_every_group_composes(group, option, teacher):
         (["name=''"], "name='' is no folder of its own"),
         (["trainer.precision=16-mixed"], "trainer.precision='16-mixed' is not allowed"),
         (["trainer.devices=two"], "trainer.devices='two' is not allowed; use auto"),
+        (["gradient_checkpointing=true"], "cuda_graphs=true with gradient_checkpointing=true"),
         (["+trainer.max_steps=3"], "trainer.max_steps=3 would end a run as if it had finished"),
     ],
 )

@@ -83,8 +83,9 @@ class Throughput(Callback):
 
     def _begin_counting(self, pl_module: pl.LightningModule) -> None:
         module: Any = pl_module
-        is_compiled = getattr(module, "compile_networks", False)
-        if is_compiled and not _eager_update_fits(pl_module.device):
+        ways = ("compile_networks", "cuda_graphs")
+        is_as_written = not any(getattr(module, way, False) for way in ways)
+        if not is_as_written and not _eager_update_fits(pl_module.device):
             self.count_flops = False
             return
         self._counter = ArithmeticCounter()

@@ -1,5 +1,7 @@
 """What only a GPU can show: no update waits for it; recorded ones learn what played ones do."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -13,6 +15,15 @@ pytestmark = [
 ]
 
 
+@contextmanager
+def waiting_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def on_gpu(pair: Batch) -> Batch:
     return Batch(*(tensor.cuda() for tensor in pair))
 
@@ -24,24 +35,17 @@ def test_an_update_never_waits_for_the_device(make_module, penalty):
     batches = [on_gpu(batch(seed)) for seed in range(8)]
     for pair in batches[:4]:  # what is made once may wait
         module.training_step(pair, 0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for pair in batches[4:]:
             module.training_step(pair, 0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert module.update == 8
 
 
 def test_a_value_that_is_read_would_be_noticed(make_module):
     module = make_module().cuda()
     module.training_step(on_gpu(batch()), 0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchronizing"):
-            float(module.last_values["train/loss_critic"])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchronizing"):
+        float(module.last_values["train/loss_critic"])
 
 
 GAMES = [
@@ -86,9 +90,6 @@ def test_a_recorded_update_never_waits_for_the_device(make_module):
     batches = [on_gpu(batch(seed)) for seed in range(24)]
     for pair in batches[:20]:
         module.training_step(pair, 0)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for pair in batches[20:]:
             module.training_step(pair, 0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
