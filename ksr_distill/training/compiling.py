@@ -1,4 +1,4 @@
-"""What torch.compile is given: whole networks, or each kind of block once.
+"""What torch.compile is given: whole networks, each kind of block once, or the norms alone.
 
 Shapes are compiled as they come: crops have one size, and a first small batch (DDP's rehearsal)
 would otherwise turn every later kernel into one for any size.
@@ -16,8 +16,8 @@ from ksr_distill.models.blocks import ResNetBlock
 C = TypeVar("C", bound=Callable[..., Any])
 
 WAYS = (False, "networks", "blocks", "norms")
-"""``compile_networks``: ``networks`` runs fastest and compiles for minutes; ``blocks`` compiles
-each kind of ResNet block once and loses a few per cent; ``norms`` compiles what lies between the
+"""``compile_networks``: ``networks`` leaves the compiler most to fuse, and compiles for minutes;
+``blocks`` compiles each kind of ResNet block once; ``norms`` compiles what lies between the
 convolutions, where plain PyTorch reads and writes each pixel ten times, and begins soonest."""
 
 KINDS_OF_BLOCKS = 128
