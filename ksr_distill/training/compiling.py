@@ -34,7 +34,7 @@ def compile_network(network: nn.Module, way: str) -> nn.Module:
 
 def compile_blocks(network: nn.Module) -> None:
     """Compile the blocks of a U-Net in place, and its last layers."""
-    allow_kinds_of_blocks()
+    expect_parts()
     for part in network.modules():
         if isinstance(part, ResNetBlock):
             part.compile(dynamic=False)
@@ -44,7 +44,7 @@ def compile_blocks(network: nn.Module) -> None:
 
 def compile_norms(network: nn.Module) -> None:
     """Compile the norms of a U-Net's blocks in place, with what is done to their results."""
-    allow_kinds_of_blocks()
+    expect_parts()
     for part in network.modules():
         if isinstance(part, ResNetBlock):
             part.norm_1.compile(dynamic=False)
@@ -59,10 +59,16 @@ IN_PLACE: dict[str, Callable[[nn.Module], None]] = {
 """Ways that leave a network as it is and compile parts of it."""
 
 
-def allow_kinds_of_blocks() -> None:
-    """Let the compiler keep a version of a part for each kind of block."""
-    limit: Any = torch._dynamo.config
-    limit.recompile_limit = max(limit.recompile_limit, KINDS_OF_BLOCKS)
+def expect_parts() -> None:
+    """Let the compiler keep a version of a part for each kind of block, and no part be cut.
+
+    Under DistributedDataParallel it cuts what it compiles into pieces of a bucket's size, so that
+    gradients leave early. They leave part by part already, and a block's largest convolution alone
+    is more than a bucket: each block would become several graphs, with nothing fused across them.
+    """
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, KINDS_OF_BLOCKS)
+    config.optimize_ddp = False
 
 
 def compile_function(function: C) -> C:

@@ -53,6 +53,10 @@ def test_a_way_that_does_not_exist_is_refused(make_module):
         make_module(compile_networks=True)
 
 
-def test_room_for_all_kinds_of_blocks(make_module, compiled):
-    make_module(compile_networks="blocks")
-    assert torch._dynamo.config.recompile_limit >= compiling.KINDS_OF_BLOCKS
+@pytest.mark.parametrize("way", ["blocks", "norms"])
+def test_room_for_all_kinds_of_blocks_and_none_is_cut_for_ddp(make_module, compiled, way):
+    config = torch._dynamo.config
+    config.recompile_limit, config.optimize_ddp = 8, True
+    make_module(compile_networks=way)
+    assert config.recompile_limit >= compiling.KINDS_OF_BLOCKS
+    assert config.optimize_ddp is False
