@@ -1,10 +1,16 @@
 """Schedules and samplers: how noise is added, and how it is taken away in few steps or many."""
 
-from ksr_distill.diffusion.few_step import noise_from, sample_few_steps, student_timesteps
+from ksr_distill.diffusion.few_step import (
+    FIRST_STUDENT_TIMESTEP,
+    noise_from,
+    sample_few_steps,
+    student_timesteps,
+)
 from ksr_distill.diffusion.schedule import NoiseSchedule
 from ksr_distill.diffusion.teacher_sampling import sample_teacher, sample_teacher_ddim, window_views
 
 __all__ = [
+    "FIRST_STUDENT_TIMESTEP",
     "NoiseSchedule",
     "noise_from",
     "sample_few_steps",

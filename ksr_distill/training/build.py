@@ -1,18 +1,20 @@
 """From a config's leaves to the two modules: the `_target_`s of conf/module."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
 
 from ksr_distill.config import model_folder
-from ksr_distill.diffusion import student_timesteps
+from ksr_distill.diffusion import FIRST_STUDENT_TIMESTEP, student_timesteps
 from ksr_distill.models import Critic, KSRUNet
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.training.distillation import DistillationModule
+from ksr_distill.training.settings import require
 from ksr_distill.training.teacher import TeacherModule
 from ksr_distill.training.winograd import use_winograd
 
@@ -41,13 +43,14 @@ def teacher_module(
     return TeacherModule(unet=in_memory_format(unet, channels_last), **rest)
 
 
-def distillation_module(
+def distillation_module(  # noqa: PLR0913 - the groups of conf/
     *,
     teacher: str,
     dropout: float,
     head_channels: int,
     normalise_features: bool,
     num_inference_steps: int,
+    timesteps: Sequence[int] | None,
     channels_last: bool,
     gradient_checkpointing: bool,
     winograd: bool | str,
@@ -57,11 +60,13 @@ def distillation_module(
 
     Args:
         teacher: A model folder.
+        timesteps: The student's, falling; null: as many as ``num_inference_steps``, evenly spread.
         dropout: Of the student; 0, or the steps would disagree with inference.
         gradient_checkpointing: In the student and in the trunk, which its gradient passes through.
         winograd: Likewise; see ``winograd.WAYS``.
     """
     folder = model_folder(teacher, key="teacher")
+    timesteps = chosen_timesteps(num_inference_steps, timesteps)
     trunk = KSRUNet.from_pretrained(folder, dropout=0.0)
     student = KSRUNet.from_pretrained(folder, dropout=dropout)
     if gradient_checkpointing:
@@ -76,9 +81,25 @@ def distillation_module(
     return DistillationModule(
         student=in_memory_format(student, channels_last).train(),
         critic=critic,
-        timesteps=student_timesteps(num_inference_steps),
+        timesteps=timesteps,
         **rest,
     )
+
+
+def chosen_timesteps(num_inference_steps: int, timesteps: Any) -> tuple[int, ...]:
+    """Return the student's timesteps: those that are named, or evenly spread ones.
+
+    Raises:
+        ValueError: If the named ones do not fall from where sampling starts, pure noise.
+    """
+    if timesteps is None:
+        return student_timesteps(num_inference_steps)
+    is_list = isinstance(timesteps, Sequence) and all(type(t) is int for t in timesteps)
+    falls = is_list and all(a > b >= 0 for a, b in pairwise(timesteps))
+    allowed = f"null, or whole numbers that fall from {FIRST_STUDENT_TIMESTEP} to 0 or more"
+    starts = falls and list(timesteps[:1]) == [FIRST_STUDENT_TIMESTEP]
+    require(starts, "diffusion.timesteps", timesteps, allowed)
+    return tuple(timesteps)
 
 
 def loaded_unet(teacher: str, model: dict[str, Any]) -> KSRUNet:

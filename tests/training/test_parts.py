@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ksr_distill.training.balance import GradientBalance
+from ksr_distill.training.build import chosen_timesteps
 from ksr_distill.training.ema import ema_decay, update_ema
 from ksr_distill.training.history import MetricsCSV
 from ksr_distill.training.monitors import auc, score_health
@@ -128,3 +129,14 @@ def test_curves_go_on_after_a_resume_without_rows_from_a_lost_future(tmp_path):
         rows = list(csv.reader(file))
     assert rows == [["update", "metric", "value"], ["10", "train/loss", "1"],
                     ["20", "train/loss", "7"]]  # fmt: skip
+
+
+def test_named_timesteps_replace_the_evenly_spread_ones():
+    assert chosen_timesteps(4, None) == (979, 729, 479, 229)
+    assert chosen_timesteps(4, [979, 479, 29]) == (979, 479, 29)
+
+
+@pytest.mark.parametrize("wrong", [[], [900, 100], [979, 979], [979, -1], [979, 29.0], "979"])
+def test_timesteps_that_do_not_fall_from_pure_noise_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"diffusion\.timesteps=.* that fall from 979 to 0"):
+        chosen_timesteps(4, wrong)
