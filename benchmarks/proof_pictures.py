@@ -24,7 +24,8 @@ from benchmarks.proof_page import in_words
 from ksr_distill.data.sample_photos import SamplePhoto, locate
 from ksr_distill.degradation import BicubicDegradation
 from ksr_distill.evaluation.benchmark_images import as_picture, read_image
-from ksr_distill.evaluation.figures import ACCENTS, STYLE, read_curves
+from ksr_distill.evaluation.curves import read_curves
+from ksr_distill.evaluation.figures import ACCENTS, STYLE
 from ksr_distill.evaluation.upscalers import Upscaler, build_baseline, build_upscalers
 from ksr_distill.inference.bundled import find_model
 from ksr_distill.inference.loading import load_pipeline

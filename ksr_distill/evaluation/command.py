@@ -25,8 +25,8 @@ from ksr_distill.evaluation.benchmark import (
 )
 from ksr_distill.evaluation.benchmark_images import BenchmarkImage, common_scale, find_images
 from ksr_distill.evaluation.candidates import ToFolder, candidates, check_names
+from ksr_distill.evaluation.curves import read_curves
 from ksr_distill.evaluation.feature_network import load_feature_network
-from ksr_distill.evaluation.figures import read_curves
 from ksr_distill.evaluation.lpips import LPIPS
 from ksr_distill.evaluation.report import ReportSettings, write_report
 from ksr_distill.evaluation.results import write_metrics_json, write_per_image_csv

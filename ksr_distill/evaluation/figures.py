@@ -1,6 +1,5 @@
 """Plots as SVG text, drawn to be read on a phone and printed in grey."""
 
-import csv
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from matplotlib.transforms import Bbox
 
 from ksr_distill.evaluation.benchmark import Benchmark
 from ksr_distill.evaluation.catalogue import BY_KEY, Metric
+from ksr_distill.evaluation.curves import read_curves
 from ksr_distill.evaluation.results import Intervals
 
 INK, ACCENTS = "#1c2430", ("#0b6e99", "#c2541b", "#5b7f2b", "#7a4a9e", "#8a6d1d")
@@ -78,27 +78,6 @@ def training_curves(path: Path) -> list[tuple[str, str]]:
     curves = read_curves(path)
     order = sorted(curves, key=lambda name: (not name.startswith("val/"), name))
     return [(name, _curve_plot(name, curves[name])) for name in order]
-
-
-def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Return (update, value) pairs by metric."""
-    if not path.is_file():
-        raise ValueError(f"curves={path} is no file; give a run's metrics.csv")
-    curves: dict[str, list[tuple[float, float]]] = {}
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if reader.fieldnames is None or not {"update", "metric", "value"} <= set(reader.fieldnames):
-            raise ValueError(
-                f"curves={path} has the columns {reader.fieldnames}; "
-                "a run's metrics.csv has update, metric, value"
-            )
-        for row in reader:
-            try:
-                point = (float(row["update"]), float(row["value"]))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"curves={path}, line {reader.line_num}: {error}") from error
-            curves.setdefault(row["metric"], []).append(point)
-    return curves
 
 
 def _speed_plot(summary: Intervals, metric: Metric) -> str:

@@ -7,10 +7,10 @@ import torch
 from ksr_distill.evaluation.benchmark import BenchmarkSettings, run_benchmark
 from ksr_distill.evaluation.benchmark_images import as_picture, find_images
 from ksr_distill.evaluation.catalogue import BY_KEY
+from ksr_distill.evaluation.curves import read_curves
 from ksr_distill.evaluation.figures import (
     quality_against_speed,
     quality_against_steps,
-    read_curves,
     step_series,
     training_curves,
 )
