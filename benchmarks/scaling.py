@@ -1,7 +1,8 @@
 """Whether a second device doubles the work, and whether the device ever waits for data.
 
-    python -m benchmarks.scaling                   # one and two GPUs: full size, real train.py
-    python -m benchmarks.scaling --tiny            # one and two processes of a CPU (gloo)
+    python -m benchmarks.scaling            # one and two GPUs: train.py +experiment=ksr_flash
+    python -m benchmarks.scaling --teacher  # a teacher launched by Python, under DDP
+    python -m benchmarks.scaling --tiny     # one and two processes of a CPU (gloo)
 
 Each number of processes is a run of train.py under torchrun on shards of pictures, with the same
 batch for each process; speeds are those that the run itself logs, medians of its windows. The most
@@ -37,8 +38,9 @@ QUIET = ("trainer.val_check_interval=1.0", "+trainer.enable_progress_bar=false",
          "+trainer.enable_model_summary=false", "callbacks.speed.count_flops=false",
          "validate_every=100000", "logger=default")  # fmt: skip
 SIZES = {
+    "full": ("+experiment=ksr_flash", *STEADY),
     # What loads the links most: all gradients of the full-size network, with the least arithmetic.
-    "full": ("module=teacher", "loss=denoising", "model=ksr_x2", "model.dropout=0.0",
+    "teacher": ("module=teacher", "loss=denoising", "model=ksr_x2", "model.dropout=0.0",
              "data.crop_px=256", "compile_networks=blocks"),
     "mini": ("+experiment=ksr_teacher_mini",),
     "tiny": ("module=teacher", "loss=denoising", "model=tiny", "data.crop_px=32", "trainer=cpu",
@@ -155,6 +157,11 @@ def measure_speed(
 ) -> list[dict[str, float]]:
     """Return a row for each number of processes; hand them over as they come, too."""
     rows: list[dict[str, float]] = []
+    if options.size == "full":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = composed("model=ksr_x2")["model"]
+        teacher = write_random_teacher(folder / "teacher", model, device)
+        options.also.append(f"teacher={teacher}")
     for processes in sorted(options.processes, reverse=True):
         overrides = [*SIZES[options.size], *QUIET, f"data.shards='{shards}'",
                      f"data.batch_size={options.batch * processes}",
@@ -211,6 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark, or one of its workers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mini", dest="size", action="store_const", const="mini", default="full")
+    parser.add_argument("--teacher", dest="size", action="store_const", const="teacher")
     parser.add_argument("--tiny", dest="size", action="store_const", const="tiny")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--updates", type=int, default=48)

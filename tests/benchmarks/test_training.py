@@ -37,6 +37,15 @@ def test_rows_of_another_call_stay_and_those_measured_again_do_not(results):
     assert training.joined(rows, other) == rows + other
 
 
+def test_shares_are_of_the_fastest_product_of_the_run(results):
+    rows = [training.Row(**row) for row in results["rows"]][:2]
+    disturbed = [rows[0]._replace(matmul_tflops=300.0, tflops=400.0),
+                 rows[1]._replace(matmul_tflops=800.0, tflops=200.0)]  # fmt: skip
+    told = training.against_one_rate(disturbed)
+    assert [row.share_of_matmul for row in told] == [0.5, 0.25]
+    assert {row.matmul_tflops for row in told} == {800.0}
+
+
 def test_worst_case_is_what_is_told(results):
     rows = [training.Row(**row) for row in results["rows"]]
     worse = [row._replace(crop_px=1, share_of_matmul=0.5 * row.share_of_matmul) for row in rows]
