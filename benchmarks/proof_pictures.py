@@ -3,15 +3,17 @@ r"""The pictures of docs/results.md, drawn from photos of the scikit-image wheel
     python -m benchmarks.proof_pictures --teacher mini_x2_teacher --students mini_x2 \
         --strip mini_x2 mini_x4 --curves teacher teacher=outputs/ksr_teacher_mini/metrics.csv
     python -m benchmarks.proof_pictures --scale 4 --teacher exports/teacher_x4 --students mini_x4
+    python -m benchmarks.proof_pictures --ablations benchmarks/results/ablations.json
 
 No shipped model was trained on these photos, and they may be shown. Some minutes on two CPU cores.
 """
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import diffusers
 import matplotlib as mpl
@@ -178,6 +180,29 @@ def write_curves(runs: Mapping[str, Path], path: Path) -> None:
     print(path, f"{path.stat().st_size / 1e3:.0f} kB", flush=True)
 
 
+def write_frontier(rows: Mapping[str, Any], path: Path) -> None:
+    """Write where each change of the game ends, and the way of the longest."""
+    ended = {name: row["validation"] for name, row in rows.items() if "validation" in row}
+    longest = max((row for row in rows.values() if "curves" in row), key=lambda r: r["updates"])
+    way = [[value for _, value in longest["curves"][key]] for key in ("val/psnr_y", "val/swd")]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
+        axes = figure.add_subplot()
+        label = f"every 250 of {longest['updates']} updates"
+        axes.plot(*way, color=ACCENTS[4], label=label, **LINE)
+        for number, (name, one) in enumerate(ended.items(), 1):
+            place = one["psnr_y"], one["swd"]
+            colour = ACCENTS[1 if name.startswith("base") else 0]
+            axes.plot(*place, "o", color=colour, markersize=4, label=f"{number}  {name}")
+            axes.annotate(str(number), place, (3, 3), textcoords="offset points", fontsize=8)
+        axes.set_xlabel("PSNR-Y, dB: to the right, more faithful")
+        axes.set_ylabel("SWD × 1000: down, more like the originals")
+        figure.legend(frameon=False, loc="outside right upper", fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Software": None})
+    print(path, f"{path.stat().st_size / 1e3:.0f} kB", flush=True)
+
+
 def models_of(
     teachers: Sequence[str], steps: Sequence[int], students: Sequence[str], scale: int
 ) -> dict[str, Upscaler]:
@@ -202,6 +227,7 @@ def parse_options() -> argparse.Namespace:
         "--curves", nargs="+", action="append", default=[], metavar=("NAME", "RUN=FILE"),
         help="a figure's name, and the runs in it; repeatable",
     )  # fmt: skip
+    parser.add_argument("--ablations", type=Path, metavar="FILE", help="rows of the study")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     return parser.parse_args()
 
@@ -223,6 +249,9 @@ def main() -> None:
         pairs = (text.partition("=") for text in texts)
         runs = {run: Path(file) for run, _, file in pairs}
         write_curves(runs, options.out / f"{name}.png")
+    if options.ablations:
+        rows = json.loads(options.ablations.read_text(encoding="utf-8"))["rows"]
+        write_frontier(rows, options.out / "ablations.png")
 
 
 if __name__ == "__main__":

@@ -165,6 +165,20 @@ def test_a_place_is_shown_by_each_model_and_as_it_was():
     assert list(pixels.getdata()) == list(hires.getdata())
 
 
+def test_where_the_study_ended_is_drawn(tmp_path):
+    def row(psnr):
+        curves = {"val/psnr_y": [(250, 30.0), (500, psnr)], "val/swd": [(250, 20.0), (500, 15.0)]}
+        return {"updates": 500, "validation": {"psnr_y": psnr, "swd": 15.0}, "curves": curves}
+
+    drawn = []
+    for psnr in (33.0, 33.5):
+        rows = {"base": row(33.0), "gamma_1": row(psnr), "ar1": {"failed": "ended"}}
+        proof_pictures.write_frontier(rows, tmp_path / "ablations.png")
+        drawn.append((tmp_path / "ablations.png").read_bytes())
+    assert Image.open(tmp_path / "ablations.png").width > 300
+    assert drawn[0] != drawn[1]
+
+
 def test_curves_of_runs_are_drawn(tmp_path):
     (tmp_path / "metrics.csv").write_text("update,metric,value\n1,val/psnr_y,30\n2,val/psnr_y,31\n")
     proof_pictures.write_curves({"teacher": tmp_path / "metrics.csv"}, tmp_path / "curves.png")
