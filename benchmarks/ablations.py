@@ -73,7 +73,7 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
               f"num_updates={options.updates}", f"data.shards={options.shards}",
               f"data.val_shards={options.val_shards}", f"validate_every={options.validate_every}",
               "callbacks.speed.count_flops=false", "+trainer.enable_progress_bar=false",
-              *options.also, *changes["base"].split())  # fmt: skip
+              *changes["base"].split(), *options.also)  # fmt: skip
     return [
         Run(name, change, (*common, *change.split(), f"name={name}"), options.folder / name)
         for name, change in changes["rows"].items()
