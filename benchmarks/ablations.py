@@ -156,6 +156,19 @@ def measured_on_sets(
     }
 
 
+def with_row(rows: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the rows with a new one, in the order of the file of changes.
+
+    A failure does not replace what an earlier run has shown.
+    """
+    if "failed" in row and name in rows:
+        return dict(rows)
+    order = list(yaml.safe_load(CHANGES.read_text(encoding="utf-8"))["rows"])
+    known = [one for one in order if one in {*rows, name}]
+    gone = [one for one in rows if one not in order]
+    return {one: row if one == name else rows[one] for one in known + gone}
+
+
 def heading(sets: Sequence[str]) -> str:
     """Return the table's first two lines."""
     titles = ["change", "updates", "PSNR-Y · top octave · SWD", *sets, "peak", "gap", "paired AUC"]
@@ -212,7 +225,7 @@ def main() -> None:
     for run, seconds, error in played(runs, options.devices):
         row: dict[str, Any] = {"change": run.change, "seconds": seconds}
         row |= {"failed": error} if error else measured(run, sets, options)
-        results["rows"][run.name] = row
+        results["rows"] = with_row(results["rows"], run.name, row)
         print(line_of(run.name, row, list(sets)), flush=True)
         write_results(path, results)
 

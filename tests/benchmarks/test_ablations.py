@@ -99,3 +99,10 @@ def test_a_run_without_a_checkpoint_is_told(tmp_path):
     run = ablations.runs_of(options(tmp_path, only=["base"]))[0]
     row = ablations.measured(run, {}, options(tmp_path))
     assert ablations.line_of("base", row, []) == "| base | failed: it left no checkpoint |"
+
+
+def test_rows_keep_the_files_order_and_a_failure_replaces_nothing():
+    rows = ablations.with_row({"gamma_1": 1, "no_longer_there": 2}, "base", {"updates": 3})
+    assert list(rows) == ["base", "gamma_1", "no_longer_there"]
+    assert ablations.with_row(rows, "gamma_1", {"failed": "ended"}) == rows
+    assert ablations.with_row(rows, "ar1", {"failed": "ended"})["ar1"] == {"failed": "ended"}
