@@ -57,13 +57,18 @@ class Run(NamedTuple):
     folder: Path
 
 
+def read_changes() -> dict[str, Any]:
+    """Return the file of changes: overrides of all runs, ``base``, and of each, ``rows``."""
+    return yaml.safe_load(CHANGES.read_text(encoding="utf-8"))
+
+
 def runs_of(options: argparse.Namespace) -> list[Run]:
     """Return what is asked for, in the file's order.
 
     Raises:
         SystemExit: If a row is asked for that the file does not have.
     """
-    changes = yaml.safe_load(CHANGES.read_text(encoding="utf-8"))
+    changes = read_changes()
     unknown = [name for name in options.only or () if name not in changes["rows"]]
     if unknown:
         raise SystemExit(
@@ -163,7 +168,7 @@ def with_row(rows: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> dict
     """
     if "failed" in row and name in rows:
         return dict(rows)
-    order = list(yaml.safe_load(CHANGES.read_text(encoding="utf-8"))["rows"])
+    order = list(read_changes()["rows"])
     known = [one for one in order if one in {*rows, name}]
     gone = [one for one in rows if one not in order]
     return {one: row if one == name else rows[one] for one in known + gone}

@@ -157,16 +157,17 @@ def measure_speed(
 ) -> list[dict[str, float]]:
     """Return a row for each number of processes; hand them over as they come, too."""
     rows: list[dict[str, float]] = []
+    also = list(options.also)
     if options.size == "full":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = composed("model=ksr_x2")["model"]
         teacher = write_random_teacher(folder / "teacher", model, device)
-        options.also.append(f"teacher={teacher}")
+        also.append(f"teacher={teacher}")
     for processes in sorted(options.processes, reverse=True):
         overrides = [*SIZES[options.size], *QUIET, f"data.shards='{shards}'",
                      f"data.batch_size={options.batch * processes}",
                      f"num_updates={options.updates}",
-                     f"log_every={max(1, options.updates // 8)}", *options.also]  # fmt: skip
+                     f"log_every={max(1, options.updates // 8)}", *also]  # fmt: skip
         with phase(f"{processes} process(es)"):
             out = run(overrides, folder / f"speed{processes}", processes)
         row = speed_of(out, processes)

@@ -112,8 +112,8 @@ class PerNetworkDDP(DDPStrategy):
 def average_gradients(network: nn.Module) -> None:
     """Replace a network's gradients by their means over the ranks; all small ones in one message.
 
-    A network whose backward is a recording sends them after it, not while it goes on. Between the
-    GPUs of one host the 1.7 GB of the full size take some milliseconds of an update's hundreds.
+    A network whose backward is a recording sends them after it, not while it goes on. By NVLink's
+    rate the 1.7 GB of the full size take some milliseconds of an update's hundreds.
     """
     gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
     flat = [gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients]

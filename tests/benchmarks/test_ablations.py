@@ -5,14 +5,13 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 from hydra.utils import instantiate
 
 from benchmarks import ablations
 from benchmarks.boards import composed
 from ksr_distill.training.build import chosen_timesteps
 
-CHANGES = yaml.safe_load(ablations.CHANGES.read_text(encoding="utf-8"))
+CHANGES = ablations.read_changes()
 LOGGED = """update,metric,value
 50,train/wasserstein_gap,9.0
 50,health/paired_auc_head_0,0.9
