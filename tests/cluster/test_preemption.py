@@ -57,7 +57,8 @@ def test_skewed_ranks_save_together_and_end_equal(
             os.kill(process.pid, number)
         time.sleep(0.15)
     assert running.wait() == [EXIT_PREEMPTED] * 3, running.logs()
-    assert 2 < int(last_good_checkpoint(parts / "run").stem.removeprefix("update-")) < 8
+    # 2 when the first signal came between the update's end and the ranks' agreement after it
+    assert 2 <= int(last_good_checkpoint(parts / "run").stem.removeprefix("update-")) < 8
     assert "the same command continues" in running.logs()
     Processes(3, train_guarded, parts).succeed()
     assert digest_of(parts) == uninterrupted
