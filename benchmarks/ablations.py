@@ -63,7 +63,7 @@ def read_changes() -> dict[str, Any]:
 
 
 def runs_of(options: argparse.Namespace) -> list[Run]:
-    """Return what is asked for, in the file's order.
+    """Return what is asked for, in that order; by default all, in the file's.
 
     Raises:
         SystemExit: If a row is asked for that the file does not have.
@@ -79,10 +79,10 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
               f"data.val_shards={options.val_shards}", f"validate_every={options.validate_every}",
               "callbacks.speed.count_flops=false", "+trainer.enable_progress_bar=false",
               *changes["base"].split(), *options.also)  # fmt: skip
+    rows: dict[str, str] = changes["rows"]
     return [
-        Run(name, change, (*common, *change.split(), f"name={name}"), options.folder / name)
-        for name, change in changes["rows"].items()
-        if name in (options.only or changes["rows"])
+        Run(name, rows[name], (*common, *rows[name].split(), f"name={name}"), options.folder / name)
+        for name in options.only or rows
     ]
 
 
