@@ -27,7 +27,7 @@ import diffusers
 import torch
 import yaml
 
-from benchmarks.measuring import RESULTS, write_results
+from benchmarks.measuring import RESULTS, today, write_results
 from benchmarks.proof import load_set, measure_model, named
 from ksr_distill.evaluation.benchmark_images import Pair
 from ksr_distill.evaluation.curves import read_curves
@@ -228,7 +228,7 @@ def main() -> None:
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
     print(heading(list(sets)))
     for run, seconds, error in played(runs, options.devices):
-        row: dict[str, Any] = {"change": run.change, "seconds": seconds}
+        row: dict[str, Any] = {"change": run.change, "date": today(), "seconds": seconds}
         row |= {"failed": error} if error else measured(run, sets, options)
         results["rows"] = with_row(results["rows"], run.name, row)
         print(line_of(run.name, row, list(sets)), flush=True)

@@ -110,11 +110,16 @@ def phase(name: str) -> Iterator[None]:
     print(f"[{time.perf_counter() - start:6.1f} s] {name}", flush=True)
 
 
+def today() -> str:
+    """Return the date in Greenwich, as results carry it."""
+    return datetime.now(UTC).date().isoformat()
+
+
 def write_results(path: Path, results: dict[str, Any]) -> None:
     """Write results with the machine, the versions and the date."""
     machine = describe_machine()
     stamp = {
-        "date": datetime.now(UTC).date().isoformat(),
+        "date": today(),
         "device": machine["gpus"] or f"{machine['num_cpus']} CPU cores",
         "versions": package_versions(),
     }
