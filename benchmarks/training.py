@@ -61,7 +61,6 @@ from benchmarks.profiling import print_profile
 from ksr_distill.training.arithmetic import ArithmeticCounter
 from ksr_distill.training.base import UpdateModule
 from ksr_distill.training.recording import WARM_UPS
-from ksr_distill.training.winograd import plain_convolutions
 from ksr_distill.types import Batch
 
 # Draws are a function of the update: all rows see the same. In these four the student is rolled out
@@ -155,7 +154,7 @@ class Bench:
         """Count the arithmetic of the updates that will be timed, on one picture of the batch."""
         whole, self.batch = self.batch, Batch(*(tensor[:1] for tensor in self.batch))
         torch.backends.cudnn.benchmark = False  # no trials of algorithms for shapes that come once
-        with plainly(self.module):
+        with self.module.as_written():
             for turn in self.turns:
                 with ArithmeticCounter() as counter:
                     for _ in range(self.calls):
@@ -192,7 +191,7 @@ class Bench:
 
     def eager_rows(self, mode: str, **how: Any) -> list[Row]:
         """Time turns without compilation."""
-        with plainly(self.module):
+        with self.module.as_written():
             return self.rows(mode, **how)
 
     def as_row(self, turn: str, mode: str, times: Times) -> Row:
@@ -202,13 +201,6 @@ class Bench:
                    times.host_seconds, times.spread, size / times.seconds,
                    flops / times.seconds / 1e12, flops / times.seconds / self.rate,
                    max(times.peak_gb, self.recorded_gb), self.rate / 1e12, self.also)  # fmt: skip
-
-
-@contextmanager
-def plainly(module: UpdateModule) -> Iterator[None]:
-    """Let a module play without compilation, and convolve directly."""
-    with module.as_written(), plain_convolutions(module):
-        yield
 
 
 def recompute_activations(module: UpdateModule, yes: bool) -> None:

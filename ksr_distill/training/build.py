@@ -16,7 +16,6 @@ from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.training.distillation import DistillationModule
 from ksr_distill.training.settings import require
 from ksr_distill.training.teacher import TeacherModule
-from ksr_distill.training.winograd import use_winograd
 
 N = TypeVar("N", bound=torch.nn.Module)
 
@@ -27,7 +26,6 @@ def teacher_module(
     teacher: str | None,
     channels_last: bool,
     gradient_checkpointing: bool,
-    winograd: bool | str,
     **rest: Any,
 ) -> TeacherModule:
     """Return the module of a teacher run: a new network, initialised from the seed alone.
@@ -39,11 +37,10 @@ def teacher_module(
         unet = KSRUNet(**model) if teacher is None else loaded_unet(teacher, model)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    use_winograd(unet, winograd)
     return TeacherModule(unet=in_memory_format(unet, channels_last), **rest)
 
 
-def distillation_module(  # noqa: PLR0913 - the groups of conf/
+def distillation_module(
     *,
     teacher: str,
     dropout: float,
@@ -53,7 +50,6 @@ def distillation_module(  # noqa: PLR0913 - the groups of conf/
     timesteps: Sequence[int] | None,
     channels_last: bool,
     gradient_checkpointing: bool,
-    winograd: bool | str,
     **rest: Any,
 ) -> DistillationModule:
     """Return the module of a distillation: student and critic's trunk start from the teacher.
@@ -63,7 +59,6 @@ def distillation_module(  # noqa: PLR0913 - the groups of conf/
         timesteps: The student's, falling; null: as many as ``num_inference_steps``, evenly spread.
         dropout: Of the student; 0, or the steps would disagree with inference.
         gradient_checkpointing: In the student and in the trunk, which its gradient passes through.
-        winograd: Likewise; see ``winograd.WAYS``.
     """
     folder = model_folder(teacher, key="teacher")
     timesteps = chosen_timesteps(num_inference_steps, timesteps)
@@ -72,8 +67,6 @@ def distillation_module(  # noqa: PLR0913 - the groups of conf/
     if gradient_checkpointing:
         trunk.enable_gradient_checkpointing()
         student.enable_gradient_checkpointing()
-    use_winograd(trunk, winograd)
-    use_winograd(student, winograd)
     with seeded_initialisation(rest["seed"]):
         critic = Critic(trunk, head_channels=head_channels, normalise_features=normalise_features)
     rest["record"] = {**rest["record"], "teacher_fingerprint": fingerprint(trunk)}
