@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ksr_distill.inference.memory import as_size, working_bytes
+from ksr_distill.inference.memory import as_size
 from ksr_distill.inference.noise import Window
 from ksr_distill.inference.passes import TilePass, Tiling, plan_passes
 from ksr_distill.inference.pictures import Picture
@@ -103,7 +103,7 @@ def estimate_job(
         memory_bytes=PROGRAM_BYTES
         + (0 if streamed else stored)
         + max(
-            working_bytes(tile_pass, max(plan.rows.tile, plan.columns.tile), tiling.batch)
+            tile_pass.working_bytes(max(plan.rows.tile, plan.columns.tile), tiling.batch)
             for tile_pass, plan in zip(passes, plans, strict=True)
         ),
         workspace_bytes=stored if streamed else 0,

@@ -1,14 +1,12 @@
 """How much memory a tile takes, and how large a tile the memory allows."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import psutil
 import torch
 from torch import nn
-
-from ksr_distill.inference.passes import SuperResolutionPass, TilePass
-from ksr_distill.inference.refine import MOVQ_TILE_PX, RefinerPass
-from ksr_distill.inference.teacher_pass import TeacherPass
 
 ACTIVATIONS_PER_PX = {"cpu": 10, "cuda": 16}
 """Peak memory of the U-Net's forward in units of (pixels · stem channels): 5.6 to 10.8 in float32
@@ -23,38 +21,49 @@ LARGEST_TILE_PX = {"cpu": 1280, "cuda": 2048}
 than 1.5 GB."""
 
 
-def working_bytes(tile_pass: TilePass, tile_px: int, batch: int) -> int:
-    """Return about what a pass needs for its weights and a batch of tiles."""
-    modules = [value for value in vars(tile_pass).values() if isinstance(value, nn.Module)]
-    weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
-    if isinstance(tile_pass, RefinerPass):
-        # MoVQ's decoder takes the most, in tiles of its own size.
-        tile_px, channels = min(tile_px, MOVQ_TILE_PX), tile_pass.movq.config.block_out_channels[0]
-    elif isinstance(tile_pass, SuperResolutionPass):
-        config = tile_pass.denoise.config
-        channels = config.stem_channels or config.base_channels
-    elif isinstance(tile_pass, TeacherPass):
-        return weights + tile_pass.working_bytes(tile_px)
-    else:
-        return weights
-    per_px: float = ACTIVATIONS_PER_PX.get(tile_pass.device.type, 16)
-    if any(getattr(module, "is_accelerated", False) for module in modules):
-        is_refiner = isinstance(tile_pass, RefinerPass)
-        per_px = ACCELERATED_MOVQ_PER_PX if is_refiner else ACCELERATED_UNET_PER_PX
-    return weights + int(tile_px**2 * channels * per_px * tile_pass.dtype.itemsize * batch)
+@runtime_checkable
+class Worker(Protocol):
+    """What is asked about its memory: a pass."""
+
+    @property
+    def largest_tile_px(self) -> int | None:
+        """A bound of the network's own on the side of a tile."""
+        ...
+
+    def working_bytes(self, tile_px: int, batch: int) -> int:
+        """Return about what the weights and a batch of tiles need."""
+        ...
 
 
-def largest_fitting_tile(tile_pass: TilePass, device: torch.device) -> int:
-    """Return the largest tile whose work fits into four fifths of the free memory.
+def peak_bytes(
+    networks: Sequence[nn.Module],
+    *,
+    px: int,
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    accelerated_per_px: float,
+) -> int:
+    """Return about what networks need for their weights and the widest of their forwards.
 
-    A teacher's tiles are larger, because its windows meet only inside of one.
+    Args:
+        px: Pixels at once, all of a batch.
+        channels: Of the widest forward's first level.
+        accelerated_per_px: Its peak with the fast operations, in units of (pixels · channels).
     """
+    weights = sum(p.numel() * p.element_size() for n in networks for p in n.parameters())
+    per_px: float = ACTIVATIONS_PER_PX.get(device.type, 16)
+    if any(getattr(network, "is_accelerated", False) for network in networks):
+        per_px = accelerated_per_px
+    return weights + int(px * channels * per_px * dtype.itemsize)
+
+
+def largest_fitting_tile(worker: Worker, device: torch.device) -> int:
+    """Return the largest tile whose work fits into four fifths of the free memory."""
     budget = 0.8 * free_memory_bytes(device)
-    largest = LARGEST_TILE_PX.get(device.type, 1024)
-    if isinstance(tile_pass, TeacherPass):
-        largest = tile_pass.largest_tile_px
+    largest = worker.largest_tile_px or LARGEST_TILE_PX.get(device.type, 1024)
     sides = [side for side in (4096, 2048, 1280, 1024, 512, 256) if side <= largest]
-    return next((s for s in sides if working_bytes(tile_pass, s, 1) <= budget), sides[-1])
+    return next((s for s in sides if worker.working_bytes(s, 1) <= budget), sides[-1])
 
 
 def free_memory_bytes(device: torch.device) -> int:

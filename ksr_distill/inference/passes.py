@@ -5,16 +5,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ksr_distill.diffusion import NoiseSchedule, sample_few_steps
+from ksr_distill.inference.memory import ACCELERATED_UNET_PER_PX, peak_bytes
 from ksr_distill.inference.noise import PlaceNoise, Window
 from ksr_distill.inference.rasters import Raster, read_reflected
 from ksr_distill.inference.tiles import BlendedRaster, MemoryStore, TilePlan, TileStore, plan_tiles
+from ksr_distill.models import KSRUNet
 from ksr_distill.types import Denoiser, StepObserver
 
 logger = logging.getLogger(__name__)
@@ -22,9 +24,9 @@ logger = logging.getLogger(__name__)
 SMALLEST_TILE_PX = 64
 
 CPU_OVERLAP_PX = 48
-"""At most, where none is given: a megapixel doubled is then four tiles of 1024 px with 5 % of its
-pixels computed twice; 160 px made that 18 %. Against the picture made whole, the band around a
-border is at 54.4 dB with 16 px, 54.9 with 48, 55.7 with 96 (measured)."""
+"""At most a student's on a CPU, where none is given: a megapixel doubled is then four tiles of 1024
+px with 5 % of its pixels computed twice; 160 px made that 18 %. Against the picture made whole, the
+band around a border is at 54.4 dB with 16 px, 54.9 with 48, 55.7 with 96 (measured)."""
 
 STUDENT_SCHEDULE = NoiseSchedule("linear")
 """One for all tiles: its tables are copied to the device once, and a copy waits for the device."""
@@ -61,6 +63,15 @@ class TilePass(Protocol):
         """A bound of the network's own on the side of a tile."""
         ...
 
+    @property
+    def widest_overlap_px(self) -> int | None:
+        """A bound of its own on the overlap of tiles, where none is given."""
+        ...
+
+    def working_bytes(self, tile_px: int, batch: int) -> int:
+        """Return about what the weights and a batch of tiles need."""
+        ...
+
     def __call__(
         self, tiles: Float[Tensor, "b 3 h w"], windows: Sequence[Window]
     ) -> Float[Tensor, "b 3 H W"]:
@@ -86,6 +97,24 @@ class SuperResolutionPass:
     def stage(self) -> int:
         """Which pass of the job this is."""
         return self.noise.stage
+
+    @property
+    def widest_overlap_px(self) -> int | None:
+        """On a CPU, where time counts more than the last tenths of a dB at a border."""
+        return CPU_OVERLAP_PX if self.device.type == "cpu" else None
+
+    def working_bytes(self, tile_px: int, batch: int) -> int:
+        """Return about what the weights and a batch of tiles need."""
+        network = cast(KSRUNet, self.denoise)
+        config = network.config
+        return peak_bytes(
+            [network],
+            px=batch * tile_px**2,
+            channels=config.stem_channels or config.base_channels,
+            dtype=self.dtype,
+            device=self.device,
+            accelerated_per_px=ACCELERATED_UNET_PER_PX,
+        )
 
     def __call__(
         self, tiles: Float[Tensor, "b 3 h w"], windows: Sequence[Window]
@@ -116,8 +145,8 @@ class Tiling:
     Attributes:
         tile_px: Largest side of a tile in output pixels of a pass; each pass rounds it down to its
             network's stride.
-        overlap_px: Width of the blended ramps; null means an eighth of the tile, and for a student
-            on a CPU no more than CPU_OVERLAP_PX.
+        overlap_px: Width of the blended ramps; null means an eighth of the tile, within the bound
+            of the pass.
         batch: Tiles at once.
     """
 
@@ -137,9 +166,7 @@ class Tiling:
         tile_px = largest // align * align or self.tile_px
         overlap_px = self.overlap_px
         if overlap_px is None:
-            is_student = isinstance(tile_pass, SuperResolutionPass)
-            on_cpu = is_student and tile_pass.device.type == "cpu"
-            overlap_px = min(tile_px // 8, CPU_OVERLAP_PX) if on_cpu else tile_px // 8
+            overlap_px = min(tile_px // 8, tile_pass.widest_overlap_px or tile_px)
         return plan_tiles(
             math.ceil(height / align) * align,
             math.ceil(width / align) * align,

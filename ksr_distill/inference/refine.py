@@ -14,6 +14,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ksr_distill.diffusion import NoiseSchedule, student_timesteps
+from ksr_distill.inference.memory import ACCELERATED_MOVQ_PER_PX, peak_bytes
 from ksr_distill.inference.noise import PlaceNoise, Window
 from ksr_distill.inference.tiles import AxisPlan, TilePlan, plan_tiles
 from ksr_distill.models.movq import decode, downscale_factor, encode
@@ -141,6 +142,21 @@ class RefinerPass:
     def largest_tile_px(self) -> int:
         """What the refiner was used for: larger pictures are cut."""
         return LARGEST_LATENT_TILE * downscale_factor(self.movq)
+
+    @property
+    def widest_overlap_px(self) -> None:
+        """No bound of its own."""
+
+    def working_bytes(self, tile_px: int, batch: int) -> int:
+        """Return about what the weights and MoVQ's decoder need, in tiles of its own size."""
+        return peak_bytes(
+            [self.refiner, self.movq, self.context],
+            px=batch * min(tile_px, MOVQ_TILE_PX) ** 2,
+            channels=self.movq.config.block_out_channels[0],
+            dtype=self.dtype,
+            device=self.device,
+            accelerated_per_px=ACCELERATED_MOVQ_PER_PX,
+        )
 
     def __call__(
         self, tiles: Float[Tensor, "b 3 h w"], windows: Sequence[Window]

@@ -56,6 +56,10 @@ class TeacherPass:
         """Which pass of the job this is."""
         return self.noise.stage
 
+    @property
+    def widest_overlap_px(self) -> None:
+        """No bound of its own."""
+
     def __call__(
         self, tiles: Float[Tensor, "b 3 h w"], windows: Sequence[Window]
     ) -> Float[Tensor, "b 3 H W"]:
@@ -103,10 +107,11 @@ class TeacherPass:
         maps = FEATURE_MAPS_AT_ONCE * self.denoise.level_channels[0] * self.denoise.dtype.itemsize
         return maps * window_px**2
 
-    def working_bytes(self, tile_px: int) -> int:
-        """Return what a tile takes beside the weights, with one window at once."""
+    def working_bytes(self, tile_px: int, batch: int) -> int:  # noqa: ARG002 - one after the other
+        """Return about what the weights and a tile need, with one window at once."""
+        weights = sum(p.numel() * p.element_size() for p in self.denoise.parameters())
         view = self.bytes_per_view(min(tile_px, self.window_px))
-        return view + CANVAS_BYTES_PER_PX * tile_px**2
+        return weights + view + CANVAS_BYTES_PER_PX * tile_px**2
 
 
 def views_that_fit(free_bytes: int, *, bytes_per_view: int) -> int:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from ksr_distill.cli import app
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline, loading
 from ksr_distill.inference.loading import load_pipeline
-from ksr_distill.inference.memory import largest_fitting_tile, working_bytes
+from ksr_distill.inference.memory import largest_fitting_tile
 from tests.inference.conftest import photo_like
 from tests.inference.whole import whole_pipeline
 
@@ -172,7 +172,7 @@ def test_the_tile_follows_from_the_free_memory(on_gpu, monkeypatch):
     device = torch.device(DEVICE)
     assert largest_fitting_tile(first, device) == 2048
     for tile_px in (1024, 512, 256):
-        free = int(working_bytes(first, tile_px, 1) / 0.8) + 1
+        free = int(first.working_bytes(tile_px, 1) / 0.8) + 1
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, free))
         assert largest_fitting_tile(first, device) == tile_px
 

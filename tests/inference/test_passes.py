@@ -58,10 +58,14 @@ def test_any_batch_of_tiles_gives_the_same_pixels(unet, in_order, batch):
 class DoublingWithLittleMemory:
     """Repeats each pixel, and runs out of memory above a number of output pixels."""
 
-    stage, factor, align, dtype, largest_tile_px = 0, 2, 8, torch.float32, None
+    stage, factor, align, dtype = 0, 2, 8, torch.float32
+    largest_tile_px = widest_overlap_px = None
 
     def __init__(self, pixels):
         self.pixels = pixels
+
+    def working_bytes(self, tile_px, batch):
+        return 4 * batch * tile_px**2
 
     def __call__(self, tiles, windows):
         if len(windows) * windows[0].height * windows[0].width > self.pixels:
