@@ -177,10 +177,46 @@ def model_stride(config: Mapping[str, Any]) -> int:
             "+experiment=ksr_teacher and `ksr export` it, or `ksr convert sr-unet` a released "
             "file, then give teacher=FOLDER"
         )
-    teacher = json.loads(
-        (model_folder(config["teacher"], key="teacher") / "config.json").read_text()
-    )
-    return 2 ** (len(teacher["channel_multipliers"]) - 1)
+    network = read_json(model_folder(config["teacher"], key="teacher") / "config.json")
+    if not isinstance(network.get("channel_multipliers"), list):
+        raise ValueError(
+            f"teacher={config['teacher']} holds no U-Net of ours (config.json names no "
+            "channel_multipliers); give a folder made by `ksr export` or `ksr convert sr-unet`"
+        )
+    check_teacher(Path(config["teacher"]) / "model_index.json", scale=config["scale"])
+    return 2 ** (len(network["channel_multipliers"]) - 1)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a model folder's JSON file.
+
+    Raises:
+        ValueError: If it holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: no JSON object; export the model anew")
+    return content
+
+
+def check_teacher(index_file: Path, *, scale: int) -> None:
+    """Refuse to distil a student, or a teacher of another scale; a bare U-Net says neither."""
+    if not index_file.is_file():
+        return
+    index = read_json(index_file)
+    if "student_timesteps" in index:
+        raise ValueError(
+            f"teacher={index_file.parent} is a student ({index.get('_class_name')}); give the "
+            "teacher's folder, made by `ksr export` from a ksr_teacher run"
+        )
+    if index.get("scale", scale) != scale:
+        raise ValueError(
+            f"teacher={index_file.parent} was trained for scale={index['scale']}, this run has "
+            f"scale={scale}; give a teacher of this scale, or scale={index['scale']}"
+        )
 
 
 def model_folder(folder: str | Path, *, key: str) -> Path:

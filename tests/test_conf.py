@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,40 @@ def teacher(tmp_path_factory):
     unet = KSRUNet(8, channel_multipliers=(1, 2, 2), num_blocks=(1, 1, 1), num_groups=4)
     unet.save_pretrained(folder / "sr")
     return folder
+
+
+def folder_with_index(folder, teacher, **index):
+    """A pipeline's folder: a teacher's U-Net, and what model_index.json says beside it."""
+    shutil.copytree(teacher, folder)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "KSR", **index}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"scale": 4}, "was trained for scale=4, this run has scale=2; give a teacher of"),
+        ({"scale": 2, "student_timesteps": [979]}, "is a student (KSR); give the teacher's"),
+    ],
+)
+def test_only_a_teacher_of_the_runs_scale_is_distilled(index, message, teacher, tmp_path):
+    folder = folder_with_index(tmp_path / "t", teacher, **index)
+    with pytest.raises(ValueError, match="teacher=") as error:
+        check_train_config(composed("+experiment=ksr_flash", f"teacher={folder}"))
+    assert message in str(error.value)
+    check_train_config(composed("+experiment=ksr_teacher", f"teacher={folder}"))
+
+
+def test_a_damaged_teacher_is_named(teacher, tmp_path):
+    folder = folder_with_index(tmp_path / "t", teacher, scale=2)
+    check_train_config(composed("+experiment=ksr_flash", f"teacher={folder}"))
+    for name, content in (("model_index.json", "[]"), ("sr/config.json", "{")):
+        (folder / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name} is damaged: no JSON object"):
+            check_train_config(composed("+experiment=ksr_flash", f"teacher={folder}"))
+    (folder / "sr" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no U-Net of ours"):
+        check_train_config(composed("+experiment=ksr_flash", f"teacher={folder}"))
 
 
 def composed(*overrides):

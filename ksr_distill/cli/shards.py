@@ -87,6 +87,11 @@ def pack(
         key = {"train": "data.shards", "val": "data.val_shards"}[split]
         quoted = f"'\"{pattern}\"'" if "{" in pattern else pattern  # for the shell and for Hydra
         typer.echo(f"{report.num_pictures[split]} pictures: {key}={quoted}")
+    if options.val_fraction and "val" not in report.patterns:
+        typer.echo(
+            f"none held out: --val-fraction {options.val_fraction} chose no picture of so few, and "
+            "a training without data.val_shards writes no best.ckpt; pack anew with a larger one"
+        )
     typer.echo(str(out))
 
 

@@ -278,10 +278,10 @@ class UpdateModule(LightningModule):
         """Take the counters back.
 
         Raises:
-            ValueError: If the run was started with another seed or another teacher.
+            ValueError: If the run was started with another seed, scale, number of steps or teacher.
         """
         saved = checkpoint["ksr"]
-        for key in ("kind", "seed", "teacher_fingerprint"):
+        for key in ("kind", "seed", "scale", "student_timesteps", "teacher_fingerprint"):
             if saved.get(key) != self.record.get(key):
                 raise ValueError(
                     f"the checkpoint was made with {key}={saved.get(key)!r}, this run has "

@@ -184,6 +184,15 @@ class RunCheckpoint(Checkpoint):
         self._last_save_time = time.monotonic()
         if trainer.is_global_zero:
             sweep_orphans(self.folder, update)
+            self._say_if_nothing_is_best(trainer)
+
+    def _say_if_nothing_is_best(self, trainer: pl.Trainer) -> None:
+        if self.monitor is not None and self.keep_best and trainer.limit_val_batches == 0:
+            log.warning(
+                "data.val_shards is not given: nothing is validated, and %s/best.ckpt will not be "
+                "written; export last.ckpt, or give shards of held-out pictures",
+                self.folder,
+            )
 
     @override
     def on_train_batch_end(

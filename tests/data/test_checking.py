@@ -85,6 +85,13 @@ def test_pack_says_what_to_give_to_training_and_ends_with_the_folder(photos, tmp
     assert result.stdout.splitlines()[-1] == str(out)
 
 
+def test_pack_says_when_it_held_nothing_out(photos, tmp_path):
+    few = ksr("pack", photos, tmp_path / "few", "--val-fraction", 1e-6)
+    assert "none held out: --val-fraction 1e-06 chose no picture of so few" in few.stdout
+    none = ksr("pack", photos, tmp_path / "none", "--val-fraction", 0)
+    assert "held out" not in none.stdout
+
+
 def test_a_mistake_is_one_line_and_ends_with_1(tmp_path):
     result = ksr("pack", tmp_path / "missing", tmp_path / "out")
     assert result.exit_code == 1

@@ -1,5 +1,7 @@
 """Whole runs of train.py: killed at any update they end the same; exports hold their average."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ def files(tmp_path_factory):
     return folder
 
 
-def run(experiment, folder, files):
+def run(experiment, folder, files, *more):
     """Do what `python train.py +experiment=…` does."""
     overrides = [
         f"+experiment={experiment}", f"run_dir={folder}/run",
@@ -51,7 +53,7 @@ def run(experiment, folder, files):
         "data.batch_size=2", "data.num_workers=0", "data.val_crop_px=64", "data.num_val_pictures=1",
         "callbacks.checkpoint.every_updates=2", "callbacks.speed.count_flops=false",
         "+trainer.enable_progress_bar=false", "+trainer.enable_model_summary=false",
-        *EXPERIMENTS[experiment],
+        *EXPERIMENTS[experiment], *more,
     ]  # fmt: skip
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = OmegaConf.to_container(compose("train", overrides), resolve=True)
@@ -92,6 +94,33 @@ def test_a_run_that_dies_at_any_update_ends_bit_for_bit_the_same(
     curves = [(f / "run" / "metrics.csv").read_text() for f in (tmp_path, finished[experiment])]
     ours, theirs = ([r for r in c.splitlines() if ",train/" in r] for c in curves)
     assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("experiment", "change", "told"),
+    [
+        ("quickstart_teacher", "scale=4", "made with scale=2, this run has 4"),
+        ("quickstart_teacher", "seed=7", "made with seed=0, this run has 7"),
+        ("quickstart_flash", "scale=4", "made with scale=2, this run has 4"),
+        ("quickstart_flash", "diffusion.num_inference_steps=1", "this run has [979]"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another_kind_of_model(
+    experiment, change, told, finished, files, tmp_path
+):
+    shutil.copytree(finished[experiment], tmp_path, dirs_exist_ok=True)
+    before = checkpoint_of(tmp_path).resolve()
+    with pytest.raises(ValueError, match="the checkpoint was made with") as error:
+        run(experiment, tmp_path, files, change, f"num_updates={NUM_UPDATES + 1}")
+    assert told in str(error.value)
+    assert checkpoint_of(tmp_path).resolve() == before
+
+
+def test_a_run_that_is_not_validated_says_that_nothing_is_best(files, tmp_path, caplog):
+    run("quickstart_teacher", tmp_path, files, "data.val_shards=null", "num_updates=1")
+    assert "data.val_shards is not given: nothing is validated" in caplog.text
+    assert checkpoint_of(tmp_path).exists()
+    assert not checkpoint_of(tmp_path).with_name("best.ckpt").exists()
 
 
 def checkpoint_of(folder):
