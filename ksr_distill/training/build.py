@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 from ksr_distill.config import model_folder
 from ksr_distill.diffusion import FIRST_STUDENT_TIMESTEP, student_timesteps
 from ksr_distill.models import Critic, KSRUNet
+from ksr_distill.models.critic import HEAD_GROUPS
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.training.distillation import DistillationModule
 from ksr_distill.training.settings import require
@@ -60,6 +61,8 @@ def distillation_module(
         dropout: Of the student; 0, or the steps would disagree with inference.
         gradient_checkpointing: In the student and in the trunk, which its gradient passes through.
     """
+    is_whole = head_channels > 0 and head_channels % HEAD_GROUPS == 0
+    require(is_whole, "critic.head_channels", head_channels, f"a multiple of {HEAD_GROUPS}")
     folder = model_folder(teacher, key="teacher")
     timesteps = chosen_timesteps(num_inference_steps, timesteps)
     trunk = KSRUNet.from_pretrained(folder, dropout=0.0)

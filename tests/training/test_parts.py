@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ksr_distill.training.balance import GradientBalance
-from ksr_distill.training.build import chosen_timesteps
+from ksr_distill.training.build import chosen_timesteps, distillation_module
 from ksr_distill.training.ema import ema_decay, update_ema
 from ksr_distill.training.history import MetricsCSV
 from ksr_distill.training.monitors import auc, score_health
@@ -140,3 +140,13 @@ def test_named_timesteps_replace_the_evenly_spread_ones():
 def test_timesteps_that_do_not_fall_from_pure_noise_are_refused(wrong):
     with pytest.raises(ValueError, match=r"diffusion\.timesteps=.* that fall from 979 to 0"):
         chosen_timesteps(4, wrong)
+
+
+@pytest.mark.parametrize("width", [0, 4, -8])
+def test_heads_of_a_width_that_has_no_groups_are_refused_by_key(width):
+    with pytest.raises(ValueError, match=f"critic.head_channels={width} is not allowed; use a mul"):
+        distillation_module(
+            teacher="t", dropout=0.0, head_channels=width, normalise_features=True,
+            num_inference_steps=4, timesteps=None, channels_last=False,
+            gradient_checkpointing=False, seed=0,
+        )  # fmt: skip
