@@ -1,4 +1,7 @@
-"""What Python holds a picture in (PIL, numpy, torch), to rasters and back."""
+"""What Python holds a picture in (PIL, numpy, torch), to rasters and back.
+
+uint8 and uint16 span their range, floats [0, 1]; no other type says which number is white.
+"""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,7 +10,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, UInt8, UInt16
 from torch import Tensor
 
 from ksr_distill.inference.rasters import Raster, ResampledRaster, TensorRaster, strips
@@ -16,6 +19,9 @@ ImageLike = PIL.Image.Image | np.ndarray | Tensor
 Pictures = ImageLike | Sequence[ImageLike]
 
 ROWS_AT_ONCE = 256
+
+PEAKS = {torch.uint8: 255, torch.uint16: 65535}
+"""The integer types that are read, and what is white in each."""
 
 BLUR_SIGMAS_PX = (32.0, 8.0, 2.0)
 """How far colour bleeds into transparent places, far to near, in pixels of the source."""
@@ -28,7 +34,7 @@ def as_rasters(image: Pictures) -> list[Raster]:
     """Return one raster for each picture.
 
     Raises:
-        ValueError: For a shape or range that is no picture's.
+        ValueError: For a shape, a type or a range that is no picture's.
     """
     if isinstance(image, PIL.Image.Image):
         return [TensorRaster(pil_to_tensor(image))]
@@ -50,14 +56,34 @@ def pil_to_tensor(image: PIL.Image.Image) -> Float[Tensor, "3 h w"]:
     """Return a PIL image's colour in [-1, 1]; 16-bit grey keeps its bits.
 
     ``convert("RGB")`` would clip 16-bit grey to 255, and show what hides under transparency.
+    Mode ``I`` is 16-bit grey like ``I;16``: 65535 is white, whatever the largest value is.
+
+    Raises:
+        ValueError: For mode ``F``, which says no range, and values of ``I`` beyond 16 bits.
     """
+    if image.mode == "F":
+        raise ValueError(
+            "image has PIL mode F, whose floats say no range; give an array of uint8 or uint16, "
+            "or of floats in [0, 1], of shape (height, width, 1)"
+        )
     if image.has_transparency_data:
         rgba = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1).float() / 255
         return visible_colour(rgba[:3], rgba[3:]) * 2 - 1
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float32)[:, :, None] / 65535
-        return array_to_tensor(np.repeat(grey, 3, axis=2))
+        return array_to_tensor(wide_samples(image)[:, :, None])
     return array_to_tensor(np.asarray(image.convert("RGB")))
+
+
+def wide_samples(image: PIL.Image.Image) -> UInt16[np.ndarray, "h w"]:
+    """Return the samples of the modes ``I`` and ``I;16``: how Pillow opens 16-bit grey."""
+    samples = np.asarray(image)
+    low, high = samples.min(initial=0), samples.max(initial=0)
+    if low < 0 or high > np.iinfo(np.uint16).max:
+        raise ValueError(
+            f"image has PIL mode {image.mode} with values {low}…{high}, which is read as 16-bit "
+            "grey, 0…65535; give an array of floats in [0, 1], of shape (height, width, 1)"
+        )
+    return samples.astype(np.uint16)
 
 
 def visible_colour(
@@ -102,25 +128,36 @@ def alphas(image: Pictures) -> list[Raster | None]:
 
 
 def array_to_tensor(array: np.ndarray) -> Float[Tensor, "3 h w"]:
-    """Return an (H, W, 3) or (H, W, 1) array in [-1, 1]."""
+    """Return an (H, W, 3) or (H, W, 1) array of uint8, uint16 or [0, 1] in [-1, 1]."""
     if array.ndim != 3 or array.shape[2] not in (1, 3):
         raise ValueError(f"image has shape {array.shape}; an array is (height, width, 3) or (…, 1)")
     array = np.broadcast_to(array, (*array.shape[:2], 3))
-    if array.dtype in (np.uint8, np.uint16):
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
         array = array.astype(np.float32) / np.iinfo(array.dtype).max
+    elif array.dtype.kind not in "fb":
+        raise ValueError(of_unknown_range(array.dtype))
     return tensor_to_signed(torch.from_numpy(np.moveaxis(array, 2, 0).astype(np.float32)))
 
 
 def tensor_to_signed(tensor: Tensor) -> Float[Tensor, "3 h w"]:
-    """Return a (3, h, w) tensor of [0, 1] or uint8 in [-1, 1], on the CPU."""
+    """Return a (3, h, w) tensor of uint8, uint16 or [0, 1] in [-1, 1], on the CPU."""
     if tensor.ndim != 3 or tensor.shape[0] != 3 or 0 in tensor.shape:
         raise ValueError(f"image has shape {tuple(tensor.shape)}; a tensor is (3, height, width)")
-    tensor = tensor.cpu()
-    unit = tensor.float() / 255 if tensor.dtype == torch.uint8 else tensor.float()
+    if not (tensor.dtype in PEAKS or tensor.is_floating_point() or tensor.dtype == torch.bool):
+        raise ValueError(of_unknown_range(tensor.dtype))
+    unit = tensor.cpu().float() / PEAKS.get(tensor.dtype, 1)
     low, high = float(unit.min()), float(unit.max())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"image spans {low:.3g}…{high:.3g}; floats must lie in [0, 1]")
     return unit * 2 - 1
+
+
+def of_unknown_range(dtype: np.dtype | torch.dtype) -> str:
+    """Return why a type is refused."""
+    return (
+        f"image has dtype {dtype}; convert it to uint8 or uint16, which span their range, or to "
+        "floats in [0, 1]"
+    )
 
 
 def from_rasters(

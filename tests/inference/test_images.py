@@ -1,9 +1,11 @@
 import numpy as np
+import PIL.Image
 import pytest
 import pyvips
 import torch
 
 from ksr_distill.inference.images import as_rasters, visible_colour
+from ksr_distill.inference.noise import Window
 from ksr_distill.inference.pictures import bleed
 
 RGBA = np.random.default_rng(0).integers(0, 256, (50, 70, 4), dtype=np.uint8)
@@ -31,6 +33,58 @@ def test_pictures_in_memory_bleed_as_files_do(kind):
     assert difference.max() <= 1
     if kind == "hole":
         assert np.abs(of_files[30, 40].astype(int) - rgba[30, 40, :3]).max() > 1  # it did bleed
+
+
+def signed(image):
+    """Return what the network would see."""
+    (raster,) = as_rasters(image)
+    return raster.read(Window(0, 0, raster.height, raster.width))
+
+
+WIDE = np.array([[0, 257, 65535]], np.uint16)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.dstack([WIDE] * 3),
+        np.dstack([WIDE] * 3).astype(">u2"),
+        torch.from_numpy(WIDE).expand(3, 1, 3),
+        PIL.Image.fromarray(WIDE),
+        PIL.Image.fromarray(WIDE.astype(np.int32)),
+    ],
+    ids=["numpy", "big-endian", "torch", "I;16", "I"],
+)
+def test_sixteen_bits_span_their_range_in_whatever_holds_them(image):
+    pixels = signed(image)
+    np.testing.assert_allclose(pixels, np.broadcast_to([[[-1, 2 / 255 - 1, 1]]], (3, 1, 3)))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint32", "uint64"])
+def test_integers_that_do_not_say_what_is_white_are_refused(dtype):
+    message = rf"image has dtype (torch\.)?{dtype}; convert it to uint8 or uint16"
+    for image in (np.zeros((4, 4, 3), dtype), torch.zeros(3, 4, 4, dtype=getattr(torch, dtype))):
+        with pytest.raises(ValueError, match=message):
+            as_rasters(image)
+
+
+@pytest.mark.parametrize("value", [-1, 65536])
+def test_mode_i_is_refused_beyond_sixteen_bits(value):
+    image = PIL.Image.fromarray(np.array([[0, value]], np.int32))
+    with pytest.raises(ValueError, match=rf"mode I with values .*{value}.*16-bit grey, 0…65535"):
+        as_rasters(image)
+
+
+def test_mode_i_is_not_guessed_from_its_values():
+    image = PIL.Image.fromarray(np.array([[0, 255]], np.int32))
+    assert signed(image).max() == pytest.approx(2 * 255 / 65535 - 1)
+
+
+def test_mode_f_is_refused_and_says_what_to_give():
+    image = PIL.Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8))
+    with pytest.raises(ValueError, match=r"mode F.*; give an array of uint8") as error:
+        as_rasters(image)
+    assert "\n" not in str(error.value)
 
 
 def test_the_name_of_a_file_is_no_picture():
