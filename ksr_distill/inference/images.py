@@ -67,11 +67,21 @@ def pil_to_tensor(image: PIL.Image.Image) -> Float[Tensor, "3 h w"]:
             "or of floats in [0, 1], of shape (height, width, 1)"
         )
     if image.has_transparency_data:
-        rgba = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1).float() / 255
+        rgba = colour_and_alpha(image)
         return visible_colour(rgba[:3], rgba[3:]) * 2 - 1
     if image.mode.startswith("I"):
         return array_to_tensor(wide_samples(image)[:, :, None])
     return array_to_tensor(np.asarray(image.convert("RGB")))
+
+
+def colour_and_alpha(image: PIL.Image.Image) -> Float[Tensor, "4 h w"]:
+    """Return a transparent PIL image in [0, 1]; 16-bit grey has one transparent value (PNG)."""
+    if not image.mode.startswith("I"):
+        return torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1).float() / 255
+    samples = wide_samples(image)
+    grey = torch.from_numpy(samples).float() / PEAKS[torch.uint16]
+    visible = torch.from_numpy(samples != image.info["transparency"]).float()
+    return torch.stack([grey, grey, grey, visible])
 
 
 def wide_samples(image: PIL.Image.Image) -> UInt16[np.ndarray, "h w"]:
@@ -120,8 +130,7 @@ def alphas(image: Pictures) -> list[Raster | None]:
     if isinstance(image, PIL.Image.Image):
         if not image.has_transparency_data:
             return [None]
-        band = np.asarray(image.convert("RGBA"))[None, :, :, 3].astype(np.float32)
-        return [TensorRaster(torch.from_numpy(band / 255 * 2 - 1))]
+        return [TensorRaster(colour_and_alpha(image)[3:] * 2 - 1)]
     if isinstance(image, np.ndarray | Tensor):
         return [None] * (len(image) if image.ndim == 4 else 1)
     return [alpha for one in image for alpha in alphas(one)]

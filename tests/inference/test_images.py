@@ -4,7 +4,7 @@ import pytest
 import pyvips
 import torch
 
-from ksr_distill.inference.images import as_rasters, visible_colour
+from ksr_distill.inference.images import alphas, as_rasters, visible_colour
 from ksr_distill.inference.noise import Window
 from ksr_distill.inference.pictures import bleed
 
@@ -78,6 +78,15 @@ def test_mode_i_is_refused_beyond_sixteen_bits(value):
 def test_mode_i_is_not_guessed_from_its_values():
     image = PIL.Image.fromarray(np.array([[0, 255]], np.int32))
     assert signed(image).max() == pytest.approx(2 * 255 / 65535 - 1)
+
+
+def test_sixteen_bits_with_a_transparent_value_keep_their_bits(tmp_path):
+    image = PIL.Image.fromarray(np.array([[1000, 1000, 3000]], np.uint16))
+    image.save(tmp_path / "in.png", transparency=3000)
+    image = PIL.Image.open(tmp_path / "in.png")
+    assert signed(image)[:, 0, :2].numpy() == pytest.approx(2 * 1000 / 65535 - 1)
+    (alpha,) = alphas(image)
+    assert alpha.read(Window(0, 0, 1, 3)).tolist() == [[[1, 1, -1]]]
 
 
 def test_mode_f_is_refused_and_says_what_to_give():
