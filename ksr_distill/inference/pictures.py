@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ksr_distill.inference.images import BLUR_SIGMAS_PX
 from ksr_distill.inference.noise import Window
+from ksr_distill.inference.tiff_colour import as_rgb, is_8_bit_lab, tiff_tags
 from ksr_distill.inference.tiff_exif import exif_fields
 
 DEFAULT_MAX_MEGAPIXELS = 120.0
@@ -26,6 +27,8 @@ DEFAULT_MAX_MEGAPIXELS = 120.0
 SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm",
             ".ppm", ".tga", ".tif", ".tiff", ".webp")  # fmt: skip
 """What a folder is searched for. A single file may have any name."""
+
+TIFF_LOADER = b"VipsForeignLoadTiffFile"
 
 KEPT_METADATA = ("icc-profile-data", "exif-", "xmp-data", "iptc-data")
 
@@ -127,12 +130,22 @@ def upright(path: Path) -> pyvips.Image:
 
 def _decoded(path: Path, max_megapixels: float) -> pyvips.Image:
     """Return the file's image, from Pillow where libvips does not know the format (BMP, PPM, …)."""
-    if pyvips.base.vips_lib.vips_foreign_find_load(str(path).encode()) == pyvips.ffi.NULL:
-        pyvips.vips_lib.vips_error_clear()  # else the next file's error begins with this one's
+    loader = _loader(path)
+    tags = tiff_tags(path) if loader == TIFF_LOADER else {}
+    if loader is None or is_8_bit_lab(tags):
         return _decoded_by_pillow(path, max_megapixels)
     image = pyvips.Image.new_from_file(str(path), access="random", fail_on="error")
     _check_size(path, image.width, image.height, max_megapixels)
-    return image
+    return as_rgb(path, image, tags)
+
+
+def _loader(path: Path) -> bytes | None:
+    """Return libvips' name of what would read a file; nothing where it knows no way."""
+    name = pyvips.base.vips_lib.vips_foreign_find_load(str(path).encode())
+    if name == pyvips.ffi.NULL:
+        pyvips.vips_lib.vips_error_clear()  # else the next file's error begins with this one's
+        return None
+    return pyvips.ffi.string(name)
 
 
 def _decoded_by_pillow(path: Path, max_megapixels: float) -> pyvips.Image:
@@ -227,7 +240,7 @@ def _as_picture(path: Path, image: pyvips.Image, notes: tuple[str, ...]) -> Pict
         for name in image.get_fields()
         if name.startswith(KEPT_METADATA)
     }
-    if "vips-loader" in image.get_fields() and image.get("vips-loader") == "tiffload":
+    if _loader(path) == TIFF_LOADER:
         try:
             metadata |= exif_fields(path)
         except ValueError as error:

@@ -65,25 +65,27 @@ def exif_fields(path: Path) -> Mapping[str, tuple[int, Any]]:
     }
 
 
+def tiff_directory(file: BinaryIO, place: int | None = None) -> ImageFileDirectory_v2:
+    """Return a directory, by default the first, without the pixels: Pillow opens fewer TIFFs."""
+    file.seek(0)
+    header = file.read(BIG_TIFF_HEADER_BYTES)
+    if BIG_TIFF_MAGIC not in header[2:4]:
+        header = header[:TIFF_HEADER_BYTES]
+    fields = ImageFileDirectory_v2(header)
+    file.seek(fields.next if place is None else place)
+    fields.load(file)
+    return fields
+
+
 def _read_exif(path: Path) -> PIL.Image.Exif | None:
-    """Return the descriptive fields, read without the pixels: Pillow opens fewer TIFFs."""
+    """Return the descriptive fields."""
     exif = PIL.Image.Exif()
     with path.open("rb") as file:
-        header = file.read(BIG_TIFF_HEADER_BYTES)
-        if BIG_TIFF_MAGIC not in header[2:4]:
-            header = header[:TIFF_HEADER_BYTES]
-
-        def directory(place: int) -> ImageFileDirectory_v2:
-            fields = ImageFileDirectory_v2(header)
-            file.seek(place)
-            fields.load(file)
-            return fields
-
-        first = directory(ImageFileDirectory_v2(header).next)
+        first = tiff_directory(file)
         exif.update({tag: value for tag, value in first.items() if tag in DESCRIPTIVE})
         pointers = [pointer for pointer in (EXIF_POINTER, GPS_POINTER) if pointer in first]
         for pointer in pointers:
-            fields = directory(first[pointer])
+            fields = tiff_directory(file, first[pointer])
             exif.get_ifd(pointer).update({k: v for k, v in fields.items() if k not in UNTRUE})
     return exif if exif or pointers else None
 
