@@ -28,6 +28,12 @@ SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg", ".pgm", "
             ".ppm", ".tga", ".tif", ".tiff", ".webp")  # fmt: skip
 """What a folder is searched for. A single file may have any name."""
 
+UNKNOWN_RESOLUTION = 1.0
+"""libvips' pixels per millimetre where a file names none: no file means 25.4 dpi."""
+
+DEFAULT_RESOLUTION = 72 / 25.4
+"""What EXIF 2.32 (§4.6.4, XResolution) designates then; libvips writes no PNG without one."""
+
 TIFF_LOADER = b"VipsForeignLoadTiffFile"
 
 KEPT_METADATA = ("icc-profile-data", "exif-", "xmp-data", "iptc-data")
@@ -78,7 +84,7 @@ class Picture:
         is_grey: Whether the file has one colour band.
         bits: 8 or 16.
         metadata: ICC profile, EXIF, XMP, IPTC, by libvips' names, with their types.
-        resolution: Pixels per millimetre, across and down.
+        resolution: Pixels per millimetre, across and down; 72 dpi where the file names none.
         notes: What the user should know, in one line each.
     """
 
@@ -252,9 +258,15 @@ def _as_picture(path: Path, image: pyvips.Image, notes: tuple[str, ...]) -> Pict
         is_grey=colour.bands == 1,
         bits=bits,
         metadata=metadata,
-        resolution=(image.xres, image.yres),
+        resolution=_resolution(image),
         notes=notes,
     )
+
+
+def _resolution(image: pyvips.Image) -> tuple[float, float]:
+    if image.xres == image.yres == UNKNOWN_RESOLUTION:
+        return DEFAULT_RESOLUTION, DEFAULT_RESOLUTION
+    return image.xres, image.yres
 
 
 def bleed(colour: pyvips.Image, alpha: pyvips.Image, peak: float) -> pyvips.Image:

@@ -139,6 +139,20 @@ def test_profile_and_exif_are_kept_and_orientation_is_applied(tmp_path, suffix):
     assert written.info["icc_profile"] == ICC
 
 
+@pytest.mark.parametrize("suffix", ["gif", "webp", "tga", "avif", "ppm", "tif", "jpg", "png"])
+def test_a_picture_without_a_resolution_gets_what_exif_says(tmp_path, suffix):
+    PIL.Image.fromarray(RGB).save(tmp_path / f"in.{suffix}")
+    doubled(tmp_path / f"in.{suffix}", tmp_path / "out.png")
+    assert PIL.Image.open(tmp_path / "out.png").info["dpi"] == pytest.approx((72, 72), abs=0.1)
+
+
+@pytest.mark.parametrize("suffix", ["tif", "jpg", "png"])
+def test_a_resolution_is_kept(tmp_path, suffix):
+    PIL.Image.fromarray(RGB).save(tmp_path / f"in.{suffix}", dpi=(300, 150))
+    doubled(tmp_path / f"in.{suffix}", tmp_path / "out.png")
+    assert PIL.Image.open(tmp_path / "out.png").info["dpi"] == pytest.approx((300, 150), abs=0.1)
+
+
 def test_cmyk_becomes_srgb(tmp_path):
     PIL.Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "in.jpg")
     red = whole(open_picture(tmp_path / "in.jpg").colour).mean((1, 2))
