@@ -2,6 +2,7 @@
 
 from ksr_distill.diffusion.few_step import (
     FIRST_STUDENT_TIMESTEP,
+    are_falling_timesteps,
     noise_from,
     sample_few_steps,
     student_timesteps,
@@ -12,6 +13,7 @@ from ksr_distill.diffusion.teacher_sampling import sample_teacher, sample_teache
 __all__ = [
     "FIRST_STUDENT_TIMESTEP",
     "NoiseSchedule",
+    "are_falling_timesteps",
     "noise_from",
     "sample_few_steps",
     "sample_teacher",

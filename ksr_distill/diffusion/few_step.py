@@ -1,6 +1,7 @@
 """The one few-step sampling loop: training's roll-outs, previews, evaluation and the pipeline."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -12,6 +13,9 @@ from ksr_distill.types import Denoiser, NoiseSource, StepObserver
 FIRST_STUDENT_TIMESTEP = 979
 """Where the released student starts (KandiSuperRes, ``diffusion_sr_turbo``)."""
 
+NOISIEST_TIMESTEP = 999
+"""The last of the 1000 that the models are trained with."""
+
 
 def student_timesteps(num_inference_steps: int) -> tuple[int, ...]:
     """Return t_i = 979 - ⌊i·1000/n⌋; for n = 4 the released (979, 729, 479, 229)."""
@@ -22,6 +26,16 @@ def student_timesteps(num_inference_steps: int) -> tuple[int, ...]:
         )
     return tuple(
         FIRST_STUDENT_TIMESTEP - i * 1000 // num_inference_steps for i in range(num_inference_steps)
+    )
+
+
+def are_falling_timesteps(timesteps: object) -> bool:
+    """Tell whether these can be sampled one after the other: whole, falling, within 0…999."""
+    return (
+        isinstance(timesteps, Sequence)
+        and len(timesteps) > 0
+        and all(type(t) is int and 0 <= t <= NOISIEST_TIMESTEP for t in timesteps)
+        and all(earlier > later for earlier, later in pairwise(timesteps))
     )
 
 

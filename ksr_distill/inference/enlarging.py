@@ -1,6 +1,8 @@
 """What the student's pipeline and the teacher's share: a picture through passes to any scale."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -51,22 +53,52 @@ class EnlargingPipeline(DiffusionPipeline):
         super().register_to_config(**{name: public_path(value) for name, value in kwargs.items()})
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> Any:
+        """Return the pipeline of a model folder, its weights from safetensors files, never pickles.
+
+        Args:
+            options: As diffusers takes them.
+
+        Raises:
+            ValueError: If a path is no folder, or its index is not one of this pipeline.
+        """
+        folder = pretrained_model_name_or_path
+        # diffusers would take its name for one on the Hub.
+        if isinstance(folder, os.PathLike) and not Path(folder).is_dir():
+            raise ValueError(f"{folder} is no model folder; give one made by ksr export")
+        return super().from_pretrained(folder, **{"use_safetensors": True, **options})
+
+    @classmethod
+    def component_names(cls) -> list[str]:
+        """Return the names of the networks, those that may be left out among them."""
+        return sorted(cls._get_signature_keys(cls)[0])
+
+    @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Return model_index.json, with this package's classes where a folder brings its own.
 
         Raises:
-            ValueError: If the folder is another pipeline's: a teacher's weights also run as a
-                student's, and give a wrong picture.
+            ValueError: If it is no index, a setting in it is none, or the folder is another
+                pipeline's: a teacher's weights also run as a student's, and give a wrong picture.
         """
-        index = own_classes(cast(dict[str, Any], super().load_config(*args, **kwargs)))
+        folder = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        index = super().load_config(*args, **kwargs)
+        where = f"{folder}: model_index.json"
+        check_index(index, cls.component_names(), where=where)
+        index = own_classes(cast(dict[str, Any], index))
         found = index.get("_class_name")
         others = {c.__name__ for c in EnlargingPipeline.__subclasses__() if not issubclass(cls, c)}
         if found in others:
-            folder = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             raise ValueError(
                 f"{folder} holds a {found}, not a {cls.__name__}; load it with "
                 f"{found}.from_pretrained"
             )
+        try:
+            cls.check_settings(index)
+        except ValueError as error:
+            raise ValueError(f"{where} cannot be used: {error}") from error
         return index
 
     def passes(self, scale: float | int, *, seed: int, **options: Any) -> list[TilePass]:
@@ -93,15 +125,26 @@ class EnlargingPipeline(DiffusionPipeline):
         enlarged = run_passes(source, passes, tiling=tiling, on_tile=on_tile)
         return resized(enlarged, source, scale)
 
-    def register_scale(self, scale: int, **settings: object) -> None:
-        """Record the model's own factor, and what else is not a network.
+    def register_settings(self, **settings: object) -> None:
+        """Record what is not a network.
 
         Raises:
-            ValueError: If the factor is none.
+            ValueError: If one is not allowed.
         """
-        if not isinstance(scale, int) or scale < 2:
-            raise ValueError(f"the model's scale={scale!r} is not a whole number from 2 on")
-        self.register_to_config(scale=scale, **settings)
+        self.check_settings(settings)
+        self.register_to_config(**settings)
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Refuse what no picture can be made with; a subclass checks its own settings, too.
+
+        Args:
+            settings: Those that are given; the others are the constructor's.
+
+        Raises:
+            ValueError: If one is not allowed.
+        """
+        check_whole(settings, "scale", lowest=2)
 
     def check_scale(self, scale: float | int | None) -> None:
         """Refuse what is no enlargement, or of which no file could hold the result."""
@@ -179,6 +222,40 @@ def public_path(value: object) -> object:
     return value
 
 
+def check_whole(
+    settings: Mapping[str, Any], name: str, *, lowest: int, highest: int | None = None
+) -> None:
+    """Refuse a setting that is given and is no whole number from the lowest to the highest."""
+    value = settings.get(name, lowest)
+    if type(value) is not int or value < lowest or (highest is not None and value > highest):
+        allowed = f"from {lowest} " + ("on" if highest is None else f"to {highest}")
+        raise ValueError(f"the model's {name}={value!r} is not a whole number {allowed}")
+
+
+def check_index(index: object, component_names: Sequence[str], *, where: str) -> None:
+    """Refuse what is no index of a pipeline with these components.
+
+    Raises:
+        ValueError: If it is no object, or a component in it no pair of library and class.
+    """
+    if not isinstance(index, dict):
+        raise ValueError(f"{where} holds {index!r:.40}, not an object; copy the model folder again")
+    match index.get("_class_name"):
+        case str() | [str(), str()]:
+            pass
+        case other:
+            raise ValueError(f"{where} has _class_name={other!r}, not the name of a class")
+    for name in component_names:
+        match index.get(name, [None, None]):
+            case [str() | None, str() | None]:
+                continue
+            case other:
+                raise ValueError(
+                    f"{where} has {name}={other!r}, not [library, class]; copy the model folder "
+                    "again"
+                )
+
+
 def own_classes(index: dict[str, Any]) -> dict[str, Any]:
     """Return the index of a self-contained folder as if it were a plain one.
 
@@ -188,7 +265,7 @@ def own_classes(index: dict[str, Any]) -> dict[str, Any]:
     if not __name__.startswith("ksr_distill."):
         return index
     own = {
-        name: [MODELS, value[1]] if isinstance(value, list) and value[0] == "models" else value
+        name: [MODELS, *value[1:]] if isinstance(value, list) and value[:1] == ["models"] else value
         for name, value in index.items()
     }
     class_name = own.get("_class_name")

@@ -1,13 +1,16 @@
 """The pipeline: a model folder and a picture in, a larger picture out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import VQModel
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
+from ksr_distill.diffusion import are_falling_timesteps
 from ksr_distill.diffusion import student_timesteps as evenly_spread_timesteps
+from ksr_distill.diffusion.few_step import FIRST_STUDENT_TIMESTEP, NOISIEST_TIMESTEP
 from ksr_distill.inference.enlarging import EnlargingPipeline, StepCallback, num_passes
 from ksr_distill.inference.images import Pictures
 from ksr_distill.inference.noise import PlaceNoise
@@ -38,6 +41,9 @@ class KSRFlashPipeline(EnlargingPipeline):
         context: The refiner's one prompt, or nothing.
         student_timesteps: The timesteps the student was trained for, noisiest first.
         scale: The factor the student was trained for.
+
+    Raises:
+        ValueError: If the timesteps do not fall within 0…999, or the scale is none.
     """
 
     model_cpu_offload_seq = "sr->refiner->movq"
@@ -56,7 +62,22 @@ class KSRFlashPipeline(EnlargingPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(sr=sr, refiner=refiner, movq=movq, context=context)
-        self.register_scale(scale, student_timesteps=list(student_timesteps))
+        self.register_settings(scale=scale, student_timesteps=list(student_timesteps))
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Refuse a scale that is none, and timesteps that do not fall.
+
+        Raises:
+            ValueError: If one is not allowed.
+        """
+        super().check_settings(settings)
+        timesteps = settings.get("student_timesteps", [FIRST_STUDENT_TIMESTEP])
+        if not are_falling_timesteps(timesteps):
+            raise ValueError(
+                f"the model's student_timesteps={timesteps!r} are not whole numbers that fall "
+                f"within {NOISIEST_TIMESTEP}…0; give those it was trained for, e.g. [979, 479]"
+            )
 
     @torch.no_grad()
     def __call__(  # noqa: PLR0913 - what a user may choose, all by keyword

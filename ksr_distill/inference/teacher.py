@@ -2,12 +2,14 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
-from ksr_distill.inference.enlarging import EnlargingPipeline, num_passes
+from ksr_distill.diffusion.few_step import NOISIEST_TIMESTEP
+from ksr_distill.inference.enlarging import EnlargingPipeline, check_whole, num_passes
 from ksr_distill.inference.images import Pictures
 from ksr_distill.inference.noise import PlaceNoise
 from ksr_distill.inference.passes import TilePass, Tiling
@@ -41,12 +43,24 @@ class KSRTeacherPipeline(EnlargingPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(sr=sr)
-        self.register_scale(
-            scale,
+        self.register_settings(
+            scale=scale,
             num_inference_steps=num_inference_steps,
             window_px=window_px,
             stride_px=stride_px,
         )
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Refuse a scale that is none, no steps, and windows that do not cover a picture.
+
+        Raises:
+            ValueError: If one is not allowed.
+        """
+        super().check_settings(settings)
+        check_whole(settings, "num_inference_steps", lowest=1, highest=NOISIEST_TIMESTEP + 1)
+        check_whole(settings, "window_px", lowest=1)
+        check_whole(settings, "stride_px", lowest=1, highest=settings.get("window_px"))
 
     @torch.no_grad()
     def __call__(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ksr_distill.diffusion import NoiseSchedule, student_timesteps
+from ksr_distill.diffusion import NoiseSchedule, are_falling_timesteps, student_timesteps
 from tests.golden import load_golden
 
 
@@ -48,6 +48,20 @@ def test_unknown_schedule_is_refused_by_name():
 )  # fmt: skip
 def test_student_timesteps_follow_the_released_four(steps, expected):
     assert student_timesteps(steps) == expected
+
+
+@pytest.mark.parametrize("timesteps", [[979, 729, 479, 229], (979,), [999, 0]])
+def test_whole_numbers_that_fall_can_be_sampled(timesteps):
+    assert are_falling_timesteps(timesteps)
+
+
+@pytest.mark.parametrize(
+    "timesteps",
+    [[], None, {}, 979, "979", [979, "x"], [979.5, 2], [979, True], [1000], [229, 979], [979, 979],
+     [979, -1]],
+)  # fmt: skip
+def test_what_does_not_fall_within_the_schedule_cannot(timesteps):
+    assert not are_falling_timesteps(timesteps)
 
 
 @pytest.mark.parametrize("steps", [0, 980])

@@ -6,6 +6,7 @@ prompt, schedulers. Offloading needs a GPU: ``test_on_gpu.py``.
 
 import inspect
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -90,6 +91,36 @@ def test_a_folder_of_the_other_kind_is_refused_with_the_class_that_loads_it(pipe
     (other,) = kinds - {type(pipeline)}
     with pytest.raises(ValueError, match=f"load it with {type(pipeline).__name__}"):
         other.from_pretrained(folder)
+
+
+def test_a_pickle_in_the_place_of_safetensors_is_not_opened(pipeline, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    weights = tmp_path / "model" / "sr" / "diffusion_pytorch_model.safetensors"
+    torch.save(pipeline.sr.state_dict(), weights.with_suffix(".bin"))
+    weights.unlink()
+    with pytest.raises(OSError, match=r"no file named diffusion_pytorch_model\.safetensors"):
+        type(pipeline).from_pretrained(tmp_path / "model")
+
+
+def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="nothing is no model folder"):
+        type(pipeline).from_pretrained(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (None, "model_index.json holds None, not an object"),
+        ([], r"model_index.json holds \[\], not an object"),
+        ({"_class_name": []}, r"model_index.json has _class_name=\[\], not the name"),
+        ({"_class_name": "X", "sr": ["models"]}, r"sr=\['models'\], not \[library, class\]"),
+        ({"_class_name": "X", "scale": 1}, "model_index.json cannot be used: the model's scale=1"),
+    ],
+)
+def test_what_is_no_index_is_refused_by_its_file(pipeline, tmp_path, index, message):
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        type(pipeline).from_pretrained(tmp_path)
 
 
 def test_optional_components_stay_away(flash, tmp_path):

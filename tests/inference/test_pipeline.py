@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ksr_distill.diffusion import NoiseSchedule, sample_few_steps
+from ksr_distill.inference import KSRFlashPipeline
 from ksr_distill.inference.enlarging import draw_seeds, num_passes
 from ksr_distill.inference.noise import PlaceNoise, Window
 from tests.inference.conftest import make_unet
@@ -116,6 +117,23 @@ def test_what_is_no_picture_is_refused(pipeline, image, message):
 def test_what_cannot_be_done_is_refused_by_its_name(pipeline, options, message):
     with pytest.raises(ValueError, match=message):
         pixels(pipeline, **options)
+
+
+@pytest.mark.parametrize(
+    "timesteps", [[], [5000, 1], [1000], [229, 979], [979, 979], [979, -1], [979, True]]
+)
+def test_timesteps_that_cannot_be_sampled_in_turn_are_refused(unet, timesteps):
+    with pytest.raises(
+        ValueError, match=r"student_timesteps=\[.*\] are not whole numbers that fall"
+    ):
+        KSRFlashPipeline(unet, student_timesteps=timesteps)
+
+
+@pytest.mark.parametrize("timesteps", [(979, 729, 479, 229), [999, 0], [979]])
+def test_timesteps_that_training_allows_are_kept(unet, timesteps):
+    assert KSRFlashPipeline(unet, student_timesteps=timesteps).config.student_timesteps == [
+        *timesteps
+    ]
 
 
 @pytest.mark.parametrize(

@@ -158,3 +158,18 @@ def test_the_scale_is_read_off_the_released_names(name, scale):
 def test_what_cannot_be_done_is_refused_by_name(teacher, options, message):
     with pytest.raises(ValueError, match=message):
         teacher(photo(), **options)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scale": 1}, "scale=1 is not a whole number from 2 on"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 is not a whole number from 1 to 1000"),
+        ({"window_px": 0}, "window_px=0 is not a whole number from 1 on"),
+        ({"stride_px": 0}, "stride_px=0 is not a whole number from 1 to 1024"),
+        ({"window_px": 32, "stride_px": 33}, "stride_px=33 is not a whole number from 1 to 32"),
+    ],
+)
+def test_settings_that_cover_no_picture_are_refused(unet, settings, message):
+    with pytest.raises(ValueError, match=message):
+        KSRTeacherPipeline(unet, **settings)
