@@ -1,6 +1,5 @@
 """A model folder onto a device, in the dtype that suits it."""
 
-import json
 import logging
 import warnings
 from pathlib import Path
@@ -17,6 +16,7 @@ from ksr_distill.inference.memory import as_size, free_memory_bytes
 from ksr_distill.inference.model_folders import (
     HALF_VARIANT,
     check_pipeline_folder,
+    read_object,
     weight_files,
 )
 from ksr_distill.inference.offload import take_turns
@@ -45,8 +45,8 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device).cpu()  # the meta device makes tensors, but gives none back
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
             f"--device {name} is not usable here ({str(error).splitlines()[0].split('. ')[0]}); "
             "use cpu, or leave it out"
@@ -75,50 +75,62 @@ def load_pipeline(
             f"--fast does not fit {'--fp32' if fp32 else f'--device {device}'}; it is float16 by "
             "Triton kernels on an NVIDIA GPU of compute capability 8.0 or more, leave it out"
         )
-    class_name = _class_name(folder)
-    if class_name not in PIPELINES:
-        raise ValueError(
-            f"{folder} holds a {class_name}; known are {', '.join(PIPELINES)}, made by ksr export, "
-            "ksr convert flash or ksr convert teacher"
-        )
-    diffusers_logging.disable_progress_bar()
     is_cpu = device.type == "cpu"
     half = not fp32 and (cpu.multiplies_bf16() if is_cpu else True)
     half_dtypes = CPU_DTYPES if is_cpu else FAST_DTYPES if fast else HALF_DTYPES
-    variant = _variant(folder, half=half)
-    check_pipeline_folder(folder, variant=variant)
-    try:
-        with warnings.catch_warnings():
-            # diffusers renames this argument; both names have to work over our range of versions.
-            warnings.simplefilter("ignore", FutureWarning)
-            pipeline = PIPELINES[class_name].from_pretrained(
-                folder,
-                torch_dtype=half_dtypes if half else torch.float32,
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=True,
-            )
-    except (RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be loaded: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = read_pipeline(folder, half_dtypes if half else torch.float32, half=half)
     if fast:
         networks = (getattr(pipeline, name, None) for name in ("sr", "refiner", "movq"))
         accelerate(*(network for network in networks if network is not None))
     return _placed(pipeline, device, fast=fast)
 
 
-def _class_name(folder: Path) -> str:
+def read_pipeline(
+    folder: Path, dtypes: torch.dtype | dict[str, torch.dtype], *, half: bool = False
+) -> Pipeline:
+    """Return the pipeline of a model folder as it is read, on the CPU.
+
+    Args:
+        dtypes: Of all networks, or of each.
+        half: Read the files in half precision where there are such.
+
+    Raises:
+        ValueError: If the folder is not a whole pipeline of ours.
+    """
+    diffusers_logging.disable_progress_bar()
+    pipeline_class = _pipeline_class(folder)
+    pipeline_class.load_config(folder)
+    variant = _variant(folder, half=half)
+    check_pipeline_folder(folder, pipeline_class.component_names(), variant=variant)
+    try:
+        with warnings.catch_warnings():
+            # diffusers renames this argument; both names have to work over our range of versions.
+            warnings.simplefilter("ignore", FutureWarning)
+            pipeline = pipeline_class.from_pretrained(
+                folder, torch_dtype=dtypes, variant=variant, local_files_only=True
+            )
+    except (RuntimeError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be loaded: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _pipeline_class(folder: Path) -> type[Pipeline]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(
-            f"--model {folder} is no model folder (model_index.json is missing); give one made by "
+            f"{folder} is no model folder (model_index.json is missing); give one made by "
             "ksr export or ksr convert flash"
         )
-    try:
-        name = json.loads(index.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} names no pipeline class: {error!r}") from error
-    return name[-1] if isinstance(name, list) else name
+    name = read_object(index).get("_class_name")
+    if isinstance(name, list) and name:  # a self-contained folder names a module before it
+        name = name[-1]
+    if not isinstance(name, str) or name not in PIPELINES:
+        raise ValueError(
+            f"{index} names the class {name}; known are {', '.join(PIPELINES)}, made by "
+            "ksr export, ksr convert flash or ksr convert teacher"
+        )
+    return PIPELINES[name]
 
 
 def _variant(folder: Path, *, half: bool) -> str | None:

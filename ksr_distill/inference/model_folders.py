@@ -2,9 +2,10 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, VQModel
@@ -134,7 +135,7 @@ def load_model(folder: Path, component: str | None = None) -> ModelMixin:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{folder} is no model folder: config.json is missing")
-    class_name = json.loads(config_file.read_text()).get("_class_name")
+    class_name = read_object(config_file).get("_class_name")
     if class_name not in MODEL_CLASSES:
         raise ValueError(
             f"{config_file} names the class {class_name}; known are {', '.join(MODEL_CLASSES)}"
@@ -153,21 +154,43 @@ def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
     return [file for file in files if file not in half], half
 
 
-def check_pipeline_folder(folder: Path, *, variant: str | None) -> None:
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        ValueError: If the file is damaged, or holds something else.
+    """
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} holds {value!r:.40}, not an object; copy the model folder again")
+    return value
+
+
+def check_pipeline_folder(
+    folder: Path, component_names: Iterable[str], *, variant: str | None
+) -> None:
     """Refuse a pipeline's folder of which a network's weights are not those of its config.
 
     diffusers leaves out what it does not know, and fails later, elsewhere, over what is missing.
 
+    Args:
+        component_names: Of the networks that the index may name; ``load_config`` has checked it.
+
     Raises:
-        ValueError: If a name is missing, unknown, or of another shape; or a file is damaged.
+        ValueError: If a config gives no network; a name is missing, unknown, or of another shape;
+            or a file is damaged.
     """
-    index = json.loads((folder / "model_index.json").read_text())
-    for name, value in index.items():
-        if not isinstance(value, list) or name == "_class_name" or not isinstance(value[0], str):
+    index = read_object(folder / "model_index.json")
+    for name in component_names:
+        library, class_name = index.get(name, (None, None))
+        if library is None:
             continue
-        if value[-1] not in MODEL_CLASSES:
-            raise ValueError(f"{folder}: {name} is a {value[-1]}, not one of {[*MODEL_CLASSES]}")
-        _check_weights_fit(MODEL_CLASSES[value[-1]], folder / name, variant=variant)
+        if class_name not in MODEL_CLASSES:
+            raise ValueError(f"{folder}: {name} is a {class_name}, not one of {[*MODEL_CLASSES]}")
+        _check_weights_fit(MODEL_CLASSES[class_name], folder / name, variant=variant)
 
 
 def _check_weights_fit(model_class: type[ModelMixin], folder: Path, *, variant: str | None) -> None:
@@ -176,22 +199,34 @@ def _check_weights_fit(model_class: type[ModelMixin], folder: Path, *, variant: 
     files = half if variant and half else full
     if not config_file.is_file() or not files:
         raise ValueError(f"{folder} lacks its config.json or its safetensors file; copy it again")
-    try:
-        with torch.device("meta"):
-            model = model_class.from_config(json.loads(config_file.read_text()))
-        given = {name: shape for file in files for name, shape in _shapes_in(file).items()}
-    except (TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{folder} is damaged: {error}") from error
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = _shapes_of(model_class, config_file)
+    given = {name: shape for file in files for name, shape in _shapes_in(file).items()}
     try:
         check_names_and_shapes(expected, given)
     except ValueError as error:
         raise ValueError(f"{folder} does not hold the weights of its config: {error}") from error
 
 
+def _shapes_of(model_class: type[ModelMixin], config_file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the network that a config gives; nothing is allocated."""
+    config = read_object(config_file)
+    try:
+        with torch.device("meta"):
+            model = model_class.from_config(config)
+    except Exception as error:  # torch and diffusers raise many kinds for one mistake
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{config_file} gives no {model_class.__name__}: {reason}") from error
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
 def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(file, "pt") as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder, not a safetensors file; copy the model folder again")
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {error}; copy the model folder again") from error
 
 
 def _dtype_in(file: Path) -> torch.dtype:

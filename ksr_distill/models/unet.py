@@ -203,6 +203,13 @@ def check_unet_config(
         )
     if min(num_blocks) < 1:
         raise ValueError(f"model.num_blocks={list(num_blocks)} has a level without blocks; use ≥ 1")
+    if any(type(width) is not int or width < 1 for width in widths):
+        raise ValueError(
+            f"model.base_channels times model.channel_multipliers gives the channels {widths}; "
+            "use whole numbers from 1 on"
+        )
+    if type(num_groups) is not int or num_groups < 1:
+        raise ValueError(f"model.num_groups={num_groups!r} is not a whole number from 1 on")
     odd = [width for width in widths if width % num_groups]
     if odd:
         raise ValueError(

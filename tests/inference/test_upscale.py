@@ -162,6 +162,9 @@ def test_a_broken_file_is_one_line_and_leaves_nothing(ksr, tmp_path, name):
         (("--format", "jpg"), "big.png and --format jpg disagree"),
         (("--shard", "3/3"), "--shard 3/3 is not i/n"),
         (("--device", "cuda:77"), "--device cuda:77 is not usable here"),
+        (("--device", "meta"), "--device meta is not usable here"),
+        (("--device", "hpu"), "--device hpu is not usable here"),
+        (("--device", "privateuseone"), "--device privateuseone is not usable here"),
         (("--tile", "1"), "tile=1 is not a multiple of 2"),
         (("--overlap", "900"), "overlap=900 is outside"),
     ],
@@ -316,8 +319,16 @@ def damage_model(folder, damage, proof):
         weights.unlink()
         torch.save({"unet": Code(proof)}, folder / "sr" / "diffusion_pytorch_model.bin")
     elif damage == "code in the index":
-        index = folder / "model_index.json"
-        index.write_text(json.dumps(json.loads(index.read_text()) | {"sr": ["os", "system"]}))
+        change(folder / "model_index.json", {"sr": ["os", "system"]})
+    elif damage == "a folder for weights":
+        weights.unlink()
+        weights.mkdir()
+
+
+def change(file, changes):
+    """Write a JSON file anew: an object with changes, or what is no object."""
+    is_object = isinstance(changes, dict)
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes if is_object else changes))
 
 
 @pytest.mark.parametrize(
@@ -328,7 +339,8 @@ def damage_model(folder, damage, proof):
         ("a tensor too many", "1 unknown (more)"),
         ("a tensor too few", "1 missing (conv_out.bias)"),
         ("not numbers", "has places that are not numbers"),
-        ("truncated", "sr is damaged"),
+        ("truncated", "diffusion_pytorch_model.safetensors cannot be read"),
+        ("a folder for weights", "diffusion_pytorch_model.safetensors is a folder"),
         ("code in a pickle", "lacks its config.json or its safetensors file"),
         ("code in the index", "sr is a system, not one of"),
     ],
@@ -347,6 +359,36 @@ def test_a_damaged_or_hostile_model_folder_is_one_line(
     assert message in line
     assert not proof.exists()
     assert names(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("model_index.json", None, "model_index.json holds None, not an object"),
+        ("model_index.json", {"_class_name": []}, "model_index.json names the class []"),
+        ("model_index.json", {"sr": "x"}, "model_index.json has sr='x', not [library, class]"),
+        ("model_index.json", {"student_timesteps": [979, "x"]}, "student_timesteps=[979, 'x'] are"),
+        ("sr/config.json", [], "sr/config.json holds [], not an object"),
+        (
+            "sr/config.json",
+            {"num_groups": 0},
+            "sr/config.json gives no KSRUNet: model.num_groups=0",
+        ),
+        ("sr/config.json", {"base_channels": -8}, "gives the channels [-8, -8, -16]"),
+        ("sr/config.json", {"base_channels": 2**40}, "sr/config.json gives no KSRUNet: "),
+    ],
+)
+def test_an_index_or_a_config_that_is_none_is_one_line(
+    photo, tmp_path, model_folder, file, changes, message
+):
+    shutil.copytree(model_folder, tmp_path / "model")
+    change(tmp_path / "model" / file, changes)
+    command = ["upscale", str(photo), "-o", str(tmp_path / "b.png"), "--model"]
+    result = CliRunner().invoke(app, [*command, str(tmp_path / "model"), "--device", "cpu"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
 
 
 def test_a_checkpoint_is_no_model_folder(photo, tmp_path):
