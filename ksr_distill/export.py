@@ -14,6 +14,7 @@ from torch import Tensor
 from ksr_distill import __version__
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline
 from ksr_distill.inference.conversion import write_original
+from ksr_distill.inference.loading import read_pipeline
 from ksr_distill.inference.model_folders import new_folder, save_pipeline
 from ksr_distill.models import KSRUNet, layout_of
 
@@ -126,11 +127,12 @@ def blend_students(
         share: Of the second, in [0, 1].
 
     Raises:
-        ValueError: If the share is none, the two do not fit, or the folder exists.
+        ValueError: If the share is none, one is no student's folder, the two do not fit, or the
+            folder exists.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"--share {share} is outside 0…1, the part of {second}; use e.g. 0.5")
-    one, other = (KSRFlashPipeline.from_pretrained(path) for path in (first, second))
+    one, other = (_student(path) for path in (first, second))
     mine, theirs = (_blendable(pipeline) for pipeline in (one, other))
     for key, value in mine.items():
         if theirs[key] != value:
@@ -146,6 +148,13 @@ def blend_students(
         check_same_pixels(one, scratch)
         card = f"{FRONT_MATTER}\n{1 - share:g} of {first.name} and {share:g} of {second.name}.\n"
         (scratch / "README.md").write_text(card, encoding="utf-8")
+
+
+def _student(folder: Path) -> KSRFlashPipeline:
+    pipeline = read_pipeline(folder, torch.float32)
+    if not isinstance(pipeline, KSRFlashPipeline):
+        raise ValueError(f"{folder} holds a {type(pipeline).__name__}; give a student's folder")
+    return pipeline
 
 
 def _blendable(pipeline: KSRFlashPipeline) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from benchmarks.ship_model import card_of
+from ksr_distill.cli import app
 from ksr_distill.export import blend_students, model_card
-from ksr_distill.inference import KSRFlashPipeline
+from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline, bundled
 from ksr_distill.models import KSRUNet
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
@@ -78,3 +80,32 @@ def test_students_that_do_not_fit_are_not_blended(tmp_path, changes, share, mess
     with pytest.raises(ValueError, match=message):
         blend_students(one, other, tmp_path / "mixed", share=share, overwrite=False)
     assert not (tmp_path / "mixed").exists()
+
+
+def blend_command(*arguments):
+    return CliRunner().invoke(app, ["blend", *map(str, arguments)])
+
+
+def test_what_is_no_students_folder_is_not_blended(tmp_path):
+    one, teacher = student(tmp_path / "one", 0), tmp_path / "teacher"
+    KSRTeacherPipeline(KSRUNet(**TINY)).save_pretrained(teacher)
+    for other, message in (
+        (tmp_path, f"{tmp_path} is no model folder"),
+        (tmp_path / "no", f"SECOND {tmp_path / 'no'} is no model folder"),
+        (teacher, f"{teacher} holds a KSRTeacherPipeline"),
+    ):
+        result = blend_command(one, other, tmp_path / "mixed")
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"error: {message}")
+        assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "mixed").exists()
+
+
+def test_students_of_the_package_are_blended_by_name(tmp_path, monkeypatch):
+    (tmp_path / "assets").mkdir()
+    for name in ("mini_x2", "mini_x4"):
+        student(tmp_path / "assets" / name, 0)
+    monkeypatch.setattr(bundled, "files", lambda name: tmp_path)
+    result = blend_command("mini_x2", "mini_x4", tmp_path / "mixed")
+    assert result.exit_code == 0, result.stderr
+    assert "0.5 of mini_x2 and 0.5 of mini_x4" in (tmp_path / "mixed" / "README.md").read_text()

@@ -15,9 +15,15 @@ def register(app: typer.Typer) -> None:
 
 @one_line_errors
 def blend(
-    first: Annotated[Path, typer.Argument(help="A student's model folder, say the faithful one.")],
+    first: Annotated[
+        str,
+        typer.Argument(
+            help="A student's model folder, say the faithful one, or the name of a model that "
+            "comes with the package."
+        ),
+    ],
     second: Annotated[
-        Path, typer.Argument(help="Another's of the same teacher, say the sharp one.")
+        str, typer.Argument(help="Another's of the same teacher, say the sharp one.")
     ],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     share: Annotated[float, typer.Option(help="Of the second, 0 … 1.")] = 0.5,
@@ -25,6 +31,8 @@ def blend(
 ) -> None:
     """Blend two students of one teacher by weight: fidelity against detail, without training."""
     from ksr_distill.export import blend_students
+    from ksr_distill.inference.bundled import find_model
 
-    blend_students(first, second, out, share=share, overwrite=overwrite)
+    one, other = find_model(first, argument="FIRST"), find_model(second, argument="SECOND")
+    blend_students(one, other, out, share=share, overwrite=overwrite)
     typer.echo(out.resolve())

@@ -32,8 +32,11 @@ def default_student(scale: float | int) -> Path:
     return installed[name]
 
 
-def find_model(model: str) -> Path:
+def find_model(model: str, *, argument: str = "--model") -> Path:
     """Return the folder that is meant: one on the disk, or one of the package's by name.
+
+    Args:
+        argument: What the user gave it as.
 
     Raises:
         ValueError: If it is neither.
@@ -44,6 +47,6 @@ def find_model(model: str) -> Path:
     if model in installed:
         return installed[model]
     raise ValueError(
-        f"--model {model} is no folder and none of the models that come with this package "
+        f"{argument} {model} is no model folder and none of those that come with this package "
         f"({', '.join(installed) or 'none is installed'}); give one made by ksr export"
     )

@@ -46,7 +46,7 @@ def test_the_scale_chooses_the_student_and_where_it_is_missing_the_doubling_one_
 def test_a_package_without_models_says_what_to_do(package):
     with pytest.raises(ValueError, match="--model FOLDER"):
         bundled.default_student(2)
-    with pytest.raises(ValueError, match=r"mini_x3 is no folder.*none is installed"):
+    with pytest.raises(ValueError, match=r"mini_x3 is no model folder.*none is installed"):
         bundled.find_model("mini_x3")
 
 
