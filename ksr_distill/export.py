@@ -36,9 +36,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: If the file is no checkpoint of `train.py`.
     """
     if not path.is_file():
-        raise ValueError(
-            f"{path} is no file; give a checkpoint, e.g. outputs/NAME/checkpoints/best.ckpt"
-        )
+        last = path.with_name("last.ckpt")
+        there = f"there is {last}" if last.is_file() else "e.g. outputs/NAME/checkpoints/best.ckpt"
+        raise ValueError(f"{path} is no file; give a checkpoint, {there}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for one mistake

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from benchmarks.ship_model import card_of
 from ksr_distill.cli import app
-from ksr_distill.export import blend_students, model_card
+from ksr_distill.export import blend_students, model_card, read_checkpoint
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline, bundled
 from ksr_distill.models import KSRUNet
 
@@ -109,3 +109,11 @@ def test_students_of_the_package_are_blended_by_name(tmp_path, monkeypatch):
     result = blend_command("mini_x2", "mini_x4", tmp_path / "mixed")
     assert result.exit_code == 0, result.stderr
     assert "0.5 of mini_x2 and 0.5 of mini_x4" in (tmp_path / "mixed" / "README.md").read_text()
+
+
+def test_a_checkpoint_that_is_not_there_points_at_the_last_one(tmp_path):
+    with pytest.raises(ValueError, match=r"is no file; .* e\.g\. outputs/NAME/checkpoints"):
+        read_checkpoint(tmp_path / "best.ckpt")
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(ValueError, match=r"best.ckpt is no file; .* there is .*last\.ckpt"):
+        read_checkpoint(tmp_path / "best.ckpt")

@@ -17,11 +17,15 @@ NOISIEST_TIMESTEP = 999
 """The last of the 1000 that the models are trained with."""
 
 
+MOST_STUDENT_STEPS = 49
+"""With more the last one would be below 0."""
+
+
 def student_timesteps(num_inference_steps: int) -> tuple[int, ...]:
     """Return t_i = 979 - ⌊i·1000/n⌋; for n = 4 the released (979, 729, 479, 229)."""
-    if not 1 <= num_inference_steps <= FIRST_STUDENT_TIMESTEP:
+    if not 1 <= num_inference_steps <= MOST_STUDENT_STEPS:
         raise ValueError(
-            f"num_inference_steps={num_inference_steps} is outside 1…{FIRST_STUDENT_TIMESTEP}; "
+            f"num_inference_steps={num_inference_steps} is outside 1…{MOST_STUDENT_STEPS}; "
             "students are trained for 1, 2, 4 or 8"
         )
     return tuple(

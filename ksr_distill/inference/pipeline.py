@@ -101,7 +101,7 @@ class KSRFlashPipeline(EnlargingPipeline):
 
         Args:
             image: A PIL image, an (H, W, C) array or a (3, h, w) tensor, a batch of them, or a
-                list. Integers span their range, floats [0, 1].
+                list. uint8 and uint16 span their range, floats [0, 1].
             scale: Any number ≥ 1; the model's own by default.
             num_inference_steps: Spread over the schedule as in training; by default the
                 timesteps that the folder names.

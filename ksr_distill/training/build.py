@@ -3,14 +3,17 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from diffusers import ModelMixin
 
 from ksr_distill.config import model_folder
-from ksr_distill.diffusion import FIRST_STUDENT_TIMESTEP, student_timesteps
+from ksr_distill.diffusion import (
+    FIRST_STUDENT_TIMESTEP,
+    are_falling_timesteps,
+    student_timesteps,
+)
 from ksr_distill.models import Critic, KSRUNet
 from ksr_distill.models.critic import HEAD_GROUPS
 from ksr_distill.randomness import Stream, generator_for
@@ -90,10 +93,8 @@ def chosen_timesteps(num_inference_steps: int, timesteps: Any) -> tuple[int, ...
     """
     if timesteps is None:
         return student_timesteps(num_inference_steps)
-    is_list = isinstance(timesteps, Sequence) and all(type(t) is int for t in timesteps)
-    falls = is_list and all(a > b >= 0 for a, b in pairwise(timesteps))
+    starts = are_falling_timesteps(timesteps) and timesteps[0] == FIRST_STUDENT_TIMESTEP
     allowed = f"null, or whole numbers that fall from {FIRST_STUDENT_TIMESTEP} to 0 or more"
-    starts = falls and list(timesteps[:1]) == [FIRST_STUDENT_TIMESTEP]
     require(starts, "diffusion.timesteps", timesteps, allowed)
     return tuple(timesteps)
 

@@ -64,7 +64,11 @@ def test_what_does_not_fall_within_the_schedule_cannot(timesteps):
     assert not are_falling_timesteps(timesteps)
 
 
-@pytest.mark.parametrize("steps", [0, 980])
+def test_the_most_steps_still_end_within_the_schedule():
+    assert are_falling_timesteps(student_timesteps(49))
+
+
+@pytest.mark.parametrize("steps", [0, 50])
 def test_impossible_step_counts_are_refused(steps):
     with pytest.raises(ValueError, match="num_inference_steps="):
         student_timesteps(steps)
