@@ -57,8 +57,8 @@ def plan_jobs(source: Path, out: Path, *, name: str | None) -> list[Job]:
         name: The format; by default the target's, else the source's own, else PNG.
 
     Raises:
-        ValueError: If there is no picture, or if one would be overwritten, by its own enlargement
-            or by another's.
+        ValueError: If there is no picture, if one would be overwritten by its own enlargement or by
+            another's, or if two enlargements could not lie side by side.
         OSError: If the source does not exist.
     """
     if name is not None and name not in FORMATS:
@@ -71,19 +71,22 @@ def plan_jobs(source: Path, out: Path, *, name: str | None) -> list[Job]:
         source.stat()
         jobs = [_single_job(source, out, name)]
     jobs = _with_distinct_targets(jobs)
+    _refuse_nesting(jobs)
     _refuse_overwriting(jobs)
     return jobs
 
 
 def _pictures(folder: Path, out: Path) -> list[Path]:
-    """Return a folder's pictures, without hidden ones and without what lies in the output."""
+    """Return a folder's pictures, without hidden ones and without those of an output inside it."""
+    root, made = folder.resolve(), out.resolve()
+    is_inside = root in made.parents
     return [
         path
         for path in sorted(folder.rglob("*"))
         if path.suffix.lower() in SUFFIXES
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and (out == folder or out not in path.parents)
+        and not (is_inside and made in (root / path.relative_to(folder)).parents)
     ]
 
 
@@ -129,9 +132,23 @@ def _with_distinct_targets(jobs: list[Job]) -> list[Job]:
     return jobs
 
 
-def _refuse_overwriting(jobs: list[Job]) -> None:
+def _refuse_nesting(jobs: list[Job]) -> None:
+    """Refuse x.png beside x/z.png as DeepZooms: x/ would be a picture and a folder of pictures."""
+    sources = {job.target: job.source for job in jobs}
     for job in jobs:
-        if job.target.resolve() == job.source.resolve():
-            raise ValueError(
-                f"{job.source} would be overwritten by its enlargement; use another -o"
-            )
+        for parent in job.target.parents:
+            if parent in sources:
+                raise ValueError(
+                    f"{sources[parent]} would become {parent}, a folder that {job.source} is to "
+                    "lie in; rename one, or use another --format"
+                )
+
+
+def _refuse_overwriting(jobs: list[Job]) -> None:
+    sources = {job.source.resolve(): job.source for job in jobs}
+    for job in jobs:
+        overwritten = sources.get(job.target.resolve())
+        if overwritten is not None:
+            own = overwritten == job.source
+            by = "its enlargement" if own else f"the enlargement of {job.source}"
+            raise ValueError(f"{overwritten} would be overwritten by {by}; use another -o")

@@ -225,6 +225,42 @@ def test_no_picture_of_a_folder_takes_the_place_of_another(tmp_path):
         plan_jobs(tmp_path, tmp_path / "out", name=None)
 
 
+@pytest.mark.parametrize(("source", "out"), [("in", "."), ("in/s", "in"), ("in/s/..", ".")])
+def test_a_folder_may_be_enlarged_into_one_that_it_lies_in(tmp_path, monkeypatch, source, out):
+    (tmp_path / "in" / "s").mkdir(parents=True)
+    PIL.Image.fromarray(RGB).save(tmp_path / "in" / "s" / "a.png")
+    monkeypatch.chdir(tmp_path)
+    (job,) = plan_jobs(Path(source), Path(out), name=None)
+    assert job.source.samefile("in/s/a.png")
+    assert job.target == Path(out) / job.source.relative_to(source)
+
+
+@pytest.mark.parametrize("out", ["in/big", "in/../in/big", "{here}/in/big", "link/big"])
+def test_what_lies_in_the_output_is_no_source_however_the_output_is_written(
+    tmp_path, monkeypatch, out
+):
+    (tmp_path / "in" / "big").mkdir(parents=True)
+    for name in ("a.png", "big/a.png"):
+        PIL.Image.fromarray(RGB).save(tmp_path / "in" / name)
+    (tmp_path / "link").symlink_to("in")
+    monkeypatch.chdir(tmp_path)
+    (job,) = plan_jobs(Path("in"), Path(out.format(here=tmp_path)), name=None)
+    assert job.source == Path("in/a.png")
+
+
+def test_two_deepzooms_of_which_one_would_lie_in_the_other_are_refused_at_once(ksr, tmp_path):
+    (tmp_path / "in" / "x").mkdir(parents=True)
+    for name in ("a.png", "x.png", "x/z.png"):
+        PIL.Image.fromarray(RGB).save(tmp_path / "in" / name)
+    result = ksr(tmp_path / "in", "-o", tmp_path / "out", "--format", "dz")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"error: {tmp_path}/in/x.png would become {tmp_path}/out/x, a folder that "
+        f"{tmp_path}/in/x/z.png is to lie in; rename one, or use another --format"
+    ]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_without_pictures_is_an_error(ksr, tmp_path):
     (tmp_path / "in").mkdir()
     result = ksr(tmp_path / "in", "-o", tmp_path / "out")
@@ -241,7 +277,18 @@ def test_a_source_that_is_not_there_and_a_model_that_is_none(ksr, photo, tmp_pat
 def test_a_picture_is_not_overwritten_by_its_enlargement(ksr, photo):
     result = ksr(photo, "-o", photo)
     assert result.exit_code == 1
-    assert "would be overwritten" in result.stderr
+    assert "photo.png would be overwritten by its enlargement; use another -o" in result.stderr
+
+
+def test_a_picture_is_not_overwritten_by_the_enlargement_of_another(ksr, tmp_path):
+    (tmp_path / "s" / "s").mkdir(parents=True)
+    for name in ("s/a.png", "s/s/a.png"):
+        PIL.Image.fromarray(RGB).save(tmp_path / name)
+    result = ksr(tmp_path / "s", "-o", tmp_path)
+    assert result.exit_code == 1
+    whose = f"the enlargement of {tmp_path}/s/s/a.png"
+    assert f"s/a.png would be overwritten by {whose}; use another -o" in result.stderr
+    assert names(tmp_path) == ["s/a.png", "s/s/a.png"]
 
 
 def test_a_target_that_cannot_be_written_is_one_line(ksr, photo, tmp_path):
