@@ -1,7 +1,7 @@
 """One picture file to one enlarged file, in memory or streamed through the disk."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any, Protocol, runtime_checkable
@@ -107,7 +107,26 @@ class Upscaler:
         check_disk(job.target.parent, needed - used_bytes(job.target))
         job.target.parent.mkdir(parents=True, exist_ok=True)
         streamed = estimate.workspace_bytes > 0 or self.shard.count > 1
-        workspace = self._open_workspace(job, tiling) if streamed else None
+        opened = self._open_workspace(job, tiling) if streamed else nullcontext()
+        with opened as workspace:
+            self._make(job, picture, passes, tiling, workspace, bits=bits, progress=progress)
+
+    def check(self) -> None:
+        """Refuse settings with which no picture can be enlarged, before the first is opened."""
+        passes = self._passes()
+        plan_passes(1, 1, passes, self._tiling(passes))
+
+    def _make(
+        self,
+        job: Job,
+        picture: Picture,
+        passes: list[TilePass],
+        tiling: Tiling,
+        workspace: Workspace | None,
+        *,
+        bits: int,
+        progress: Progress,
+    ) -> None:
         options = {"open_store": workspace.open_store} if workspace else {}
         index, count = self.shard
         with self.turn:
@@ -119,21 +138,16 @@ class Upscaler:
                 on_tile=lambda _: progress.tile_done(),
                 **options,
             )
-        if self.shard.index > 0:
+        if index > 0:
             return
         if isinstance(enlarged, BlendedRaster):
             wait_until_whole(enlarged)
-        result = resized(enlarged, picture.colour, settings.scale)
+        result = resized(enlarged, picture.colour, self.settings.scale)
         if workspace:
             return_freed_memory()
         write_picture(result, picture, job.target, name=job.name, bits=bits)
         if workspace:
-            workspace.remove()
-
-    def check(self) -> None:
-        """Refuse settings with which no picture can be enlarged, before the first is opened."""
-        passes = self._passes()
-        plan_passes(1, 1, passes, self._tiling(passes))
+            workspace.finish()
 
     def _passes(self) -> list[TilePass]:
         settings = self.settings
@@ -177,7 +191,7 @@ class Upscaler:
         rates = self.measure(passes)
         return estimate_job(picture, passes, tiling, seconds_per_px=rates, **options)
 
-    def _open_workspace(self, job: Job, tiling: Tiling) -> Workspace:
+    def _open_workspace(self, job: Job, tiling: Tiling) -> AbstractContextManager[Workspace]:
         pipeline, settings = self.pipeline, self.settings
         models = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
         decisive: dict[str, object] = {

@@ -6,8 +6,10 @@ import logging
 import math
 import os
 import re
-import shutil
+import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ksr_distill.inference.locks import FileLock
 from ksr_distill.inference.passes import TilePass
 from ksr_distill.inference.tiles import TilePlan
 
@@ -22,6 +25,11 @@ logger = logging.getLogger(__name__)
 
 JOURNAL_LINE = re.compile(rb"(\d+) ([0-9a-f]{8})\n")
 CHANNELS = 3
+
+LOCK, MANIFEST, FINISHED = "job.lock", "job.json", "finished"
+
+JOIN_SECONDS = 2.0
+"""How long one waits for another that prepares the folder, which takes milliseconds."""
 
 
 class TileFile:
@@ -128,31 +136,32 @@ class Workspace:
     worker: int = 0
 
     @classmethod
+    @contextmanager
     def open(
         cls, target: Path, job: dict[str, object], *, worker: int = 0, num_workers: int = 1
-    ) -> "Workspace":
-        """Return the target's workspace: with its tiles if the job is the same, empty if not.
+    ) -> Iterator["Workspace"]:
+        """Yield the target's workspace: with its tiles if the job is the same, empty if not.
+
+        Meanwhile no other job can open it; where it is shared, other processes of this one can.
+        The last process of a finished job removes it.
 
         Args:
             job: Everything that decides a pixel.
 
         Raises:
-            ValueError: If processes that share the job find another's tiles; which of them should
-                remove these, and when, cannot be known here.
+            ValueError: If another process makes this target, or if processes that share the job
+                find another's tiles; which of them should remove these, and when, cannot be known
+                here.
         """
         folder = workspace_folder(target)
-        manifest, wanted = folder / "job.json", json.dumps(job, indent=1, sort_keys=True)
-        if manifest.exists() and manifest.read_text() != wanted:
-            stranger = f"{folder} is from another job (other settings, picture or model)"
-            if num_workers > 1:
-                raise ValueError(f"{stranger}; remove it and start all processes again")
-            logger.warning("%s: begun anew", stranger)
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"job.{worker}.tmp"
-        temporary.write_text(wanted)
-        temporary.replace(manifest)
-        return cls(folder, worker)
+        wanted = json.dumps(job, indent=1, sort_keys=True).encode()
+        lock = None
+        while lock is None:
+            lock = _enter(target, folder, wanted, worker=worker, is_shared=num_workers > 1)
+        try:
+            yield cls(folder, worker)
+        finally:
+            _leave(folder, lock)
 
     def open_store(self, tile_pass: TilePass, plan: TilePlan) -> TileFile:
         """Return a pass's tiles; those of another tiling have another name."""
@@ -161,9 +170,96 @@ class Workspace:
         path = self.folder / f"pass{tile_pass.stage}-{tiling}.tiles"
         return TileFile(path, plan, tile_pass.dtype, worker=self.worker)
 
-    def remove(self) -> None:
-        """Delete it, once the picture is written."""
-        shutil.rmtree(self.folder)
+    def finish(self) -> None:
+        """Say that the picture is written, so that the last process removes the tiles."""
+        (self.folder / FINISHED).touch()
+
+
+def _enter(
+    target: Path, folder: Path, wanted: bytes, *, worker: int, is_shared: bool
+) -> FileLock | None:
+    """Return the lock on a folder that holds this job; None if it was removed meanwhile."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        if folder.is_file():
+            raise
+        return None
+    try:
+        lock = FileLock(folder / LOCK)
+    except FileNotFoundError:
+        return None
+    try:
+        is_alone = lock.take_alone()
+        if is_alone and lock.is_in_place():
+            _prepare(folder, wanted, worker=worker, is_shared=is_shared)
+        is_taken = _join(lock) if is_shared else is_alone
+        if lock.is_in_place():
+            if is_taken and _whose(folder) == wanted:
+                lock.sign()
+                return lock
+            raise ValueError(
+                f"{target} is being made by another process ({lock.holder()}); "
+                "wait for it, or use another -o"
+            )
+    except BaseException:
+        _leave(folder, lock)  # the last process of the other job may have gone meanwhile
+        raise
+    lock.release()
+    return None
+
+
+def _prepare(folder: Path, wanted: bytes, *, worker: int, is_shared: bool) -> None:
+    """Make a folder that nobody else uses this job's."""
+    is_finished = (folder / FINISHED).exists()
+    if _whose(folder) not in (None, wanted):
+        stranger = f"{folder} is from another job (other settings, picture or model)"
+        if is_shared and not is_finished:
+            raise ValueError(f"{stranger}; remove it and start all processes again")
+        if not is_finished:
+            logger.warning("%s: begun anew", stranger)
+        _clear(folder)
+    (folder / FINISHED).unlink(missing_ok=True)
+    temporary = folder / f"job.{worker}.tmp"
+    temporary.write_bytes(wanted)
+    temporary.replace(folder / MANIFEST)
+
+
+def _whose(folder: Path) -> bytes | None:
+    """Return the manifest of a folder's job, as it is: damaged, it is that of no job."""
+    try:
+        return (folder / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _join(lock: FileLock) -> bool:
+    """Share a lock; one that prepares the folder holds it alone for a moment."""
+    until = time.monotonic() + JOIN_SECONDS
+    while not lock.take_shared():
+        if time.monotonic() > until:
+            return False
+        time.sleep(JOIN_SECONDS / 20)
+    return True
+
+
+def _leave(folder: Path, lock: FileLock) -> None:
+    """Let go of a folder; remove it if the job is finished and nobody else is there."""
+    is_last = (folder / FINISHED).exists() and lock.take_alone() and lock.is_in_place()
+    if is_last:
+        _clear(folder)
+        lock.path.unlink(missing_ok=True)
+    lock.release()
+    if is_last:
+        with suppress(OSError):  # another process is making it its own
+            folder.rmdir()
+
+
+def _clear(folder: Path) -> None:
+    """Delete all but the lock; the manifest last, so that no tile is ever without one."""
+    paths = [path for path in folder.iterdir() if path.name != LOCK]
+    for path in sorted(paths, key=lambda path: path.name == MANIFEST):
+        path.unlink(missing_ok=True)
 
 
 def workspace_folder(target: Path) -> Path:
@@ -173,7 +269,11 @@ def workspace_folder(target: Path) -> Path:
 
 def used_bytes(target: Path) -> int:
     """Return what a target's tiles take on disk already."""
-    return sum(path.stat().st_blocks * 512 for path in workspace_folder(target).glob("*.tiles"))
+    used = 0
+    for path in workspace_folder(target).glob("*.tiles"):
+        with suppress(FileNotFoundError):  # another process has just finished
+            used += path.stat().st_blocks * 512
+    return used
 
 
 def tile_bytes(plan: TilePlan, dtype: torch.dtype) -> int:

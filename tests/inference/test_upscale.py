@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -577,6 +578,29 @@ def test_processes_that_share_a_picture_make_the_same_file(
     assert (tmp_path / "big.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
     assert len(counted_writes) > 0
     assert stdout.count("tile\n") == num_tiles - len(counted_writes) > 0
+
+
+@pytest.mark.parametrize("first", [(), ("--shard", "0/2")])
+@pytest.mark.parametrize("second", [(), ("--shard", "1/2")])
+def test_a_second_job_on_a_target_is_refused_while_the_first_runs(
+    ksr, model_folder, photo, tmp_path, monkeypatch, first, second
+):
+    process = start_worker(model_folder, photo, tmp_path / "big.png", "--seed", "1", *first)
+    assert process.stdout.readline() == "tile\n"
+    process.send_signal(signal.SIGSTOP)
+    kept = {path: path.read_bytes() for path in (tmp_path / ".big.png.ksr-work").glob("*.journal")}
+    try:
+        monkeypatch.setattr(estimate, "STREAM_ABOVE_PX", 0)
+        result = ksr(photo, "-o", tmp_path / "big.png", *EIGHTFOLD, "--seed", "2", *second)
+        assert result.exit_code == 1
+        assert result.stderr.splitlines()[-1] == (
+            f"error: {tmp_path / 'big.png'} is being made by another process (pid {process.pid} "
+            f"on {socket.gethostname()}); wait for it, or use another -o"
+        )
+        assert kept == {path: path.read_bytes() for path in kept}
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_tiles_of_another_job_are_not_mixed_in(ksr, photo, tmp_path, counted_writes, monkeypatch):
