@@ -119,7 +119,8 @@ def upscale(
             report = (out if source.is_dir() else target.parent) / "report.html"
             write_comparison(finished, report)
             typer.echo(report.resolve())
-        typer.echo(target.resolve())
+        if part.index == 0 or skipped:  # the others' file is there when the first has written it
+            typer.echo(target.resolve())
     if len(done) < len(jobs):
         raise SystemExit(1)
 

@@ -575,6 +575,8 @@ def test_processes_that_share_a_picture_make_the_same_file(
     result = ksr(photo, "-o", tmp_path / "big.png", *EIGHTFOLD, "--shard", "0/2")
     stdout, stderr = other.communicate(timeout=100)
     assert (result.exit_code, other.returncode) == (0, 0), (result.stderr, stderr)
+    assert result.stdout.splitlines() == [str(tmp_path / "big.png")]
+    assert set(stdout.splitlines()) == {"tile"}  # the path is said by the one that writes the file
     assert (tmp_path / "big.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
     assert len(counted_writes) > 0
     assert stdout.count("tile\n") == num_tiles - len(counted_writes) > 0
