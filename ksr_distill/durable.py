@@ -1,10 +1,12 @@
 """Files and folders that are there whole or not at all, whatever dies in the middle."""
 
+import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -14,9 +16,10 @@ def replacing(target: Path) -> Iterator[Path]:
 
     A file or a folder may be made there. It lies on the target's disk and is flushed before its
     name changes: a crash leaves what was there before, or nothing. A file is replaced in one step;
-    a folder cannot be, so that it is away for a moment.
+    a folder cannot be, so that it is away for a moment. What a killed process left beside the
+    target goes when the next one has replaced it.
     """
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch, lock = _make_scratch(target)
     try:
         new = scratch / "new" / target.name
         new.parent.mkdir()
@@ -27,8 +30,40 @@ def replacing(target: Path) -> Iterator[Path]:
             target.replace(scratch / "old")
         new.replace(target)
         flush_to_disk(target.parent)
+        _remove_orphans(target)
     finally:
         shutil.rmtree(scratch)
+        os.close(lock)
+
+
+def _make_scratch(target: Path) -> tuple[Path, int]:
+    """Return a new folder beside the target, and the lock that says that its process lives."""
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
+        try:
+            lock = os.open(scratch, os.O_RDONLY)
+        except FileNotFoundError:  # taken for an orphan before it was locked
+            continue
+        with suppress(OSError):  # no locks on this file system: nobody will take it for an orphan
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if scratch.exists():
+            return scratch, lock
+        os.close(lock)
+
+
+def _remove_orphans(target: Path) -> None:
+    """Remove scratch folders of this target whose processes died."""
+    name = re.compile(re.escape(f".{target.name}.new-") + "[a-z0-9_]{8}")
+    for scratch in target.parent.iterdir():
+        if not name.fullmatch(scratch.name):
+            continue
+        with suppress(OSError):  # its process lives, or has just removed it, or there are no locks
+            lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(scratch)
+            finally:
+                os.close(lock)
 
 
 def replace_file(path: Path, content: bytes) -> None:
