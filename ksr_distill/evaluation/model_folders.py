@@ -1,6 +1,5 @@
 """A model folder of any kind, loaded for sampling."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -10,7 +9,7 @@ from safetensors import SafetensorError
 
 from ksr_distill.inference import KSRFlashPipeline
 from ksr_distill.inference.loading import load_pipeline
-from ksr_distill.inference.model_folders import load_model
+from ksr_distill.inference.model_folders import load_model, read_object
 from ksr_distill.models import KSRUNet
 
 SamplerName = Literal["student", "ddim", "dpm"]
@@ -64,10 +63,7 @@ def read_index(path: Path) -> dict[str, Any]:
     """
     index = path / "model_index.json"
     if index.is_file():
-        try:
-            return json.loads(index.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{index} is damaged: {error}") from error
+        return read_object(index)
     if not (path / "config.json").is_file():
         state = "has neither model_index.json nor config.json" if path.exists() else "is not there"
         raise ValueError(

@@ -140,6 +140,9 @@ def test_folders_that_do_not_fit_are_refused(student_folder, tmp_path):
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match=r"model_index\.json is damaged"):
         build(ModelSpec("s", tmp_path))
+    (tmp_path / "model_index.json").write_text("null")
+    with pytest.raises(ValueError, match=r"model_index\.json holds None, not an object"):
+        build(ModelSpec("s", tmp_path))
 
 
 def test_damaged_weights_are_one_line(tmp_path):
