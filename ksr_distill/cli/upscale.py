@@ -55,9 +55,11 @@ def upscale(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
     fp32: Annotated[bool, typer.Option("--fp32", help="Full precision.")] = False,
     fast: Annotated[
-        bool,
-        typer.Option("--fast", help="Triton kernels on an NVIDIA GPU: new, and off by default."),
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--fast/--no-fast", help="Triton kernels in float16. Default: where the GPU runs them."
+        ),
+    ] = None,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Leave finished pictures alone.")
     ] = False,
@@ -76,7 +78,7 @@ def upscale(
     from ksr_distill.inference.cpu import keep_freed_memory
     from ksr_distill.inference.estimate import measure_speed
     from ksr_distill.inference.jobs import Shard, default_out, parse_shard, plan_jobs
-    from ksr_distill.inference.loading import load_pipeline, pick_device
+    from ksr_distill.inference.loading import load_pipeline, pick_device, runs_fast
     from ksr_distill.inference.upscale import Settings, Upscaler
 
     if bits not in (None, 8, 16):
@@ -90,8 +92,11 @@ def upscale(
     skipped = [job for job in jobs if skip_existing and job.target.exists()]
     jobs = [job for job in jobs if job not in skipped]
     keep_freed_memory()
+    chosen = pick_device(device)
+    if fast is None:
+        fast = not fp32 and runs_fast(chosen)
     upscaler = Upscaler(
-        load_pipeline(folder, device=pick_device(device), fp32=fp32, fast=fast),
+        load_pipeline(folder, device=chosen, fp32=fp32, fast=fast),
         Settings(
             scale=scale,
             seed=seed,

@@ -10,7 +10,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
 from ksr_distill.inference import cpu
-from ksr_distill.inference.acceleration import accelerate, can_accelerate
+from ksr_distill.inference.acceleration import accelerate, can_accelerate, why_kernels_fail
 from ksr_distill.inference.layout import lay_out
 from ksr_distill.inference.memory import as_size, free_memory_bytes
 from ksr_distill.inference.model_folders import (
@@ -52,6 +52,16 @@ def pick_device(name: str | None) -> torch.device:
             "use cpu, or leave it out"
         ) from error
     return device
+
+
+def runs_fast(device: torch.device) -> bool:
+    """Tell whether a device has the fast way; where only its kernels cannot be built, say why."""
+    if not can_accelerate(device):
+        return False
+    reason = why_kernels_fail(device)
+    if reason is not None:
+        logger.warning("the plain modules run, Triton cannot build its kernels: %s", reason)
+    return reason is None
 
 
 def load_pipeline(

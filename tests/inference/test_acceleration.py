@@ -4,10 +4,10 @@ from accelerate import cpu_offload
 from diffusers import VQModel
 from torch import nn
 
-from ksr_distill.inference import KSRFlashPipeline
+from ksr_distill.inference import KSRFlashPipeline, loading
 from ksr_distill.inference.acceleration import accelerate, can_accelerate, operations, restore
 from ksr_distill.inference.acceleration import movq as fast_movq
-from ksr_distill.inference.loading import load_pipeline
+from ksr_distill.inference.loading import load_pipeline, runs_fast
 from ksr_distill.models import RefinerContext, RefinerUNet
 from ksr_distill.models.movq import MOVQ_CONFIG, decode, encode
 from tests.inference.conftest import make_unet, photo_like
@@ -180,3 +180,16 @@ def test_weights_that_are_filled_in_layer_by_layer_take_the_plain_way():
 def test_the_fast_way_is_refused_where_there_is_none(model_folder):
     with pytest.raises(ValueError, match="--fast does not fit --device cpu"):
         load_pipeline(model_folder, device=torch.device("cpu"), fast=True)
+
+
+def test_a_device_without_kernels_runs_the_plain_modules(caplog):
+    assert not runs_fast(torch.device("cpu"))
+    assert not caplog.records
+
+
+def test_kernels_that_cannot_be_built_are_named_and_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(loading, "can_accelerate", lambda _: True)
+    monkeypatch.setattr(loading, "why_kernels_fail", lambda _: "no C compiler")
+    assert not runs_fast(torch.device("cuda"))
+    assert "the plain modules run" in caplog.text
+    assert "no C compiler" in caplog.text

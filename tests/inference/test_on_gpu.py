@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from ksr_distill.cli import app
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline, loading
-from ksr_distill.inference.loading import load_pipeline
+from ksr_distill.inference.acceleration import can_accelerate, operations
+from ksr_distill.inference.loading import load_pipeline, runs_fast
 from ksr_distill.inference.memory import largest_fitting_tile
 from tests.inference.conftest import photo_like
 from tests.inference.whole import whole_pipeline
@@ -245,3 +246,28 @@ def test_the_command_line_runs_a_teacher(teacher, photo, tmp_path):
     expected = upscaled(tmp_path / "teacher", photo, "cpu.png", "--device", "cpu", "--fp32")
     exact = upscaled(tmp_path / "teacher", photo, "cuda.png", "--device", DEVICE, "--fp32")
     assert np.abs(exact - expected).max() <= 1
+
+
+@pytest.mark.skipif(not can_accelerate(torch.device(DEVICE)), reason="needs Triton's kernels")
+def test_kernels_are_used_where_they_can_be_built(folder, monkeypatch, caplog):
+    assert runs_fast(torch.device(DEVICE))
+    assert not caplog.records
+
+    def broken(*_, **__):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    monkeypatch.setattr(operations, "_add", broken)
+    assert not runs_fast(torch.device(DEVICE))
+    assert "RuntimeError: Failed to find C compiler." in caplog.text
+    assert "Please" not in caplog.text
+
+
+@pytest.mark.skipif(not can_accelerate(torch.device(DEVICE)), reason="needs Triton's kernels")
+@pytest.mark.parametrize("side", [24, 57])
+def test_the_fast_way_is_near_full_precision(folder, side):
+    fast = load_pipeline(folder, device=torch.device(DEVICE), fast=True)
+    assert fast.sr.dtype == fast.movq.dtype == torch.float16
+    image = picture(side, side + 6)
+    options = {"tile_px": 64, "overlap_px": 16, "refine_steps": 1}
+    expected = pixels(whole_pipeline(), image, **options)
+    assert (pixels(fast, image, **options) - expected).abs().mean() < 0.01

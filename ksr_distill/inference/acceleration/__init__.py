@@ -20,13 +20,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ksr_distill.inference.acceleration import movq as fast_movq
+from ksr_distill.inference.acceleration import operations
 from ksr_distill.inference.acceleration.refiner import refiner_forward
 from ksr_distill.inference.acceleration.unet import unet_forward
 from ksr_distill.inference.layout import lay_out
 from ksr_distill.models import KSRUNet, RefinerUNet
 
-MEASURES_CONVOLUTIONS = True
-"""Whether cuDNN times its algorithms at the first call of each shape."""
+MEASURES_CONVOLUTIONS = False
+"""Whether cuDNN times its algorithms at the first call of each shape. Its own choice is as fast
+(measured), and a picture of a new size does not wait for it, which took longer than the picture."""
 
 
 def can_accelerate(device: torch.device) -> bool:
@@ -37,6 +39,20 @@ def can_accelerate(device: torch.device) -> bool:
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and find_spec("triton") is not None
     )
+
+
+def why_kernels_fail(device: torch.device) -> str | None:
+    """Return why Triton cannot build and run a kernel here; None where it can.
+
+    It calls a C compiler, and needs Python's headers: many machines that run PyTorch lack them.
+    """
+    pixels = torch.zeros(1, 8, 8, 16, device=device, dtype=torch.float16).permute(0, 3, 1, 2)
+    try:
+        with torch.cuda.device(device):
+            operations.add(pixels, None)
+    except Exception as error:  # noqa: BLE001 - a compiler's, a driver's or Triton's own
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return None
 
 
 def accelerate(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
