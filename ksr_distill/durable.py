@@ -1,6 +1,5 @@
 """Files and folders that are there whole or not at all, whatever dies in the middle."""
 
-import fcntl
 import os
 import re
 import shutil
@@ -8,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ksr_distill.locks import FileLock
 
 
 @contextmanager
@@ -33,22 +34,22 @@ def replacing(target: Path) -> Iterator[Path]:
         _remove_orphans(target)
     finally:
         shutil.rmtree(scratch)
-        os.close(lock)
+        lock.release()
 
 
-def _make_scratch(target: Path) -> tuple[Path, int]:
+def _make_scratch(target: Path) -> tuple[Path, FileLock]:
     """Return a new folder beside the target, and the lock that says that its process lives."""
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
         try:
-            lock = os.open(scratch, os.O_RDONLY)
+            lock = FileLock(scratch, flags=os.O_RDONLY)
         except FileNotFoundError:  # taken for an orphan before it was locked
             continue
         with suppress(OSError):  # no locks on this file system: nobody will take it for an orphan
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.wait_alone()
         if scratch.exists():
             return scratch, lock
-        os.close(lock)
+        lock.release()
 
 
 def _remove_orphans(target: Path) -> None:
@@ -57,13 +58,13 @@ def _remove_orphans(target: Path) -> None:
     for scratch in target.parent.iterdir():
         if not name.fullmatch(scratch.name):
             continue
-        with suppress(OSError):  # its process lives, or has just removed it, or there are no locks
-            lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(OSError):  # its process has just removed it, or there are no locks
+            lock = FileLock(scratch, flags=os.O_RDONLY | os.O_DIRECTORY)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(scratch)
+                if lock.take_alone():
+                    shutil.rmtree(scratch)
             finally:
-                os.close(lock)
+                lock.release()
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -1,11 +1,12 @@
 """Finished tiles on disk: memory does not grow with the picture, and a killed job goes on."""
 
+import errno
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ksr_distill.inference.locks import FileLock
 from ksr_distill.inference.passes import TilePass
 from ksr_distill.inference.tile_file import CHANNELS, TileFile
 from ksr_distill.inference.tiles import TilePlan
+from ksr_distill.locks import FileLock
 
 logger = logging.getLogger(__name__)
 
 LOCK, MANIFEST, FINISHED = "job.lock", "job.json", "finished"
+
+NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""NFS without a lock daemon, Lustre mounted without -o flock."""
 
 JOIN_SECONDS = 2.0
 """How long one waits for another that prepares the folder, which takes milliseconds."""
@@ -92,7 +96,7 @@ def _enter(
     except FileNotFoundError:
         return None
     try:
-        is_alone = lock.take_alone()
+        is_alone = _take(lock.take_alone)
         if is_alone and lock.is_in_place():
             _prepare(folder, wanted, worker=worker, is_shared=is_shared)
         is_taken = _join(lock) if is_shared else is_alone
@@ -135,10 +139,20 @@ def _whose(folder: Path) -> bytes | None:
         return None
 
 
+def _take(take: Callable[[], bool]) -> bool:
+    """Take a lock; where the file system has none, two jobs on one target are not noticed."""
+    try:
+        return take()
+    except OSError as error:
+        if error.errno not in NO_LOCKS_HERE:
+            raise
+        return True
+
+
 def _join(lock: FileLock) -> bool:
     """Share a lock; one that prepares the folder holds it alone for a moment."""
     until = time.monotonic() + JOIN_SECONDS
-    while not lock.take_shared():
+    while not _take(lock.take_shared):
         if time.monotonic() > until:
             return False
         time.sleep(JOIN_SECONDS / 20)
@@ -147,7 +161,7 @@ def _join(lock: FileLock) -> bool:
 
 def _leave(folder: Path, lock: FileLock) -> None:
     """Let go of a folder; remove it if the job is finished and nobody else is there."""
-    is_last = (folder / FINISHED).exists() and lock.take_alone() and lock.is_in_place()
+    is_last = (folder / FINISHED).exists() and _take(lock.take_alone) and lock.is_in_place()
     if is_last:
         _clear(folder)
         lock.path.unlink(missing_ok=True)

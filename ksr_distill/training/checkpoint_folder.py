@@ -1,12 +1,11 @@
 """A run's folder of checkpoints: which are there, which is good, which is best, which may go."""
 
-import fcntl
 import logging
 import math
 import re
 from pathlib import Path
-from typing import IO
 
+from ksr_distill.locks import FileLock
 from ksr_distill.training.checkpoint_io import (
     MANIFEST,
     TEMPORARY,
@@ -63,8 +62,8 @@ def last_good_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """Return an open lock on a run's folder; the kernel lets go of it when the process dies.
+def lock_folder(folder: Path) -> FileLock:
+    """Return a lock on a run's folder; the kernel lets go of it when the process dies.
 
     Raises:
         ValueError: When another process of this or another host holds it, or nothing can be written
@@ -72,25 +71,26 @@ def lock_folder(folder: Path) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("w")
+        lock = FileLock(folder / ".lock")
     except OSError as error:
         raise ValueError(
             f"{folder}: checkpoints cannot be written here ({error.strerror}); make it a folder "
             "that may be written, or give another run_dir= or name="
         ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise ValueError(
-            f"{folder}: another run is writing its checkpoints here; wait for it, end it, or use "
-            "another name="
-        ) from error
-    except OSError as error:  # NFS without a lock daemon, Lustre mounted without -o flock
+        is_taken = lock.take_alone()
+    except OSError as error:
         log.warning(
             "%s: this file system has no locks (%s): take care that no second run writes here",
             folder,
             error.strerror,
+        )
+        return lock
+    if not is_taken:
+        lock.release()
+        raise ValueError(
+            f"{folder}: another run is writing its checkpoints here; wait for it, end it, or use "
+            "another name="
         )
     return lock
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from ksr_distill.locks import FileLock
 from ksr_distill.training.checkpoint_folder import (
     best_checkpoints,
     checkpoint_files,
@@ -126,7 +127,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_names: list[list[list[str]]] | None = None
         self._last_save_time = time.monotonic()
         self._last_saved_update = 0
-        self._lock: IO[str] | None = None
+        self._lock: FileLock | None = None
         self._is_untidy = False
         self.seconds_saving = 0.0
 
@@ -291,12 +292,14 @@ class RunCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Finish what is being written, and let go of the folder. A broken update is not saved."""
-        self.io.wait()
-        self._unlock()
+        try:
+            self.io.wait()
+        finally:
+            self._unlock()
 
     def _unlock(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def _tidy(self, trainer: pl.Trainer) -> None:

@@ -140,7 +140,7 @@ def test_a_file_system_without_locks_is_said_and_one_that_cannot_be_written_refu
     with pytest.raises(ValueError, match=r"cannot be written here .* run_dir= or name="):
         lock_folder(tmp_path / "file")
     monkeypatch.setattr("fcntl.flock", flock)
-    lock_folder(tmp_path).close()
+    lock_folder(tmp_path).release()
     assert "no locks (Function not implemented)" in caplog.text
 
 

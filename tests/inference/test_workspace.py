@@ -9,8 +9,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from ksr_distill.inference.locks import FileLock
 from ksr_distill.inference.workspace import Workspace, workspace_folder
+from ksr_distill.locks import FileLock
 
 
 def tiles(target):

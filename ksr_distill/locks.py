@@ -1,29 +1,29 @@
-"""Who may work on a target: one process alone, or several that share a job."""
+"""Who may work on something on disk: one process alone, or several that share it."""
 
-import errno
 import fcntl
 import os
 import socket
 from pathlib import Path
 
-NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
-"""NFS without a lock daemon, Lustre mounted without -o flock."""
-
 
 class FileLock:
-    """A lock on a file that says who holds it; the kernel lets go of it when the process dies.
+    """A lock on a file that can say who holds it; the kernel lets go of it when the process dies.
 
-    Where the file system has no locks it is always free: two jobs on one target are then not
-    noticed.
+    Where the file system has no locks (NFS without a lock daemon, Lustre mounted without -o flock),
+    taking it raises the OSError that says so: what is then safe, only its user knows.
 
     Args:
         path: The file; made if it is not there.
+        flags: How it is opened. NFS locks only what may be written, which a folder may not be: for
+            one, os.O_RDONLY.
+
+    Raises:
+        OSError: When it cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, flags: int = os.O_RDWR | os.O_CREAT) -> None:
         self.path = path
-        # NFS locks only what may be written.
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = os.open(path, flags, 0o666)
 
     def take_alone(self) -> bool:
         """Take it for this process only, if no other one holds it."""
@@ -32,6 +32,10 @@ class FileLock:
     def take_shared(self) -> bool:
         """Take it with others that share it, or let others share it, if none holds it alone."""
         return self._take(fcntl.LOCK_SH)
+
+    def wait_alone(self) -> None:
+        """Take it for this process only, as soon as no other one holds it."""
+        fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def is_in_place(self) -> bool:
         """Tell whether the file is still there; whoever finishes removes it with its folder."""
@@ -58,7 +62,4 @@ class FileLock:
             fcntl.flock(self._file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError as error:
-            if error.errno not in NO_LOCKS_HERE:
-                raise
         return True
