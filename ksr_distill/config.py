@@ -1,7 +1,6 @@
 """What no single group can know: checks across groups, before a model is built or a GPU touched."""
 
 import difflib
-import json
 import math
 import os
 import re
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ksr_distill.model_json import read_object
 
 ALLOWED_TARGETS = ("ksr_distill.", "lightning.pytorch.")
 """Nothing else is instantiated from a config: a `_target_` such as torch.load runs code."""
@@ -177,7 +178,7 @@ def model_stride(config: Mapping[str, Any]) -> int:
             "+experiment=ksr_teacher and `ksr export` it, or `ksr convert sr-unet` a released "
             "file, then give teacher=FOLDER"
         )
-    network = read_json(model_folder(config["teacher"], key="teacher") / "config.json")
+    network = read_object(model_folder(config["teacher"], key="teacher") / "config.json")
     if not isinstance(network.get("channel_multipliers"), list):
         raise ValueError(
             f"teacher={config['teacher']} holds no U-Net of ours (config.json names no "
@@ -187,26 +188,11 @@ def model_stride(config: Mapping[str, Any]) -> int:
     return 2 ** (len(network["channel_multipliers"]) - 1)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a model folder's JSON file.
-
-    Raises:
-        ValueError: If it holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: no JSON object; export the model anew")
-    return content
-
-
 def check_teacher(index_file: Path, *, scale: int) -> None:
     """Refuse to distil a student, or a teacher of another scale; a bare U-Net says neither."""
     if not index_file.is_file():
         return
-    index = read_json(index_file)
+    index = read_object(index_file)
     if "student_timesteps" in index:
         raise ValueError(
             f"teacher={index_file.parent} is a student ({index.get('_class_name')}); give the "

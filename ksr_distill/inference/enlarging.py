@@ -15,6 +15,7 @@ from ksr_distill.inference.images import Pictures, alphas, as_rasters, from_rast
 from ksr_distill.inference.memory import largest_fitting_tile
 from ksr_distill.inference.passes import TilePass, Tiling, plan_passes, run_passes
 from ksr_distill.inference.rasters import Raster, ResampledRaster
+from ksr_distill.model_json import as_object
 from ksr_distill.models.alignment import align_weights
 from ksr_distill.types import StepObserver
 
@@ -238,8 +239,7 @@ def check_index(index: object, component_names: Sequence[str], *, where: str) ->
     Raises:
         ValueError: If it is no object, or a component in it no pair of library and class.
     """
-    if not isinstance(index, dict):
-        raise ValueError(f"{where} holds {index!r:.40}, not an object; copy the model folder again")
+    index = as_object(index, where=where)
     match index.get("_class_name"):
         case str() | [str(), str()]:
             pass

@@ -13,15 +13,11 @@ from ksr_distill.inference import cpu
 from ksr_distill.inference.acceleration import accelerate, can_accelerate, why_kernels_fail
 from ksr_distill.inference.layout import lay_out
 from ksr_distill.inference.memory import as_size, free_memory_bytes
-from ksr_distill.inference.model_folders import (
-    HALF_VARIANT,
-    check_pipeline_folder,
-    read_object,
-    weight_files,
-)
+from ksr_distill.inference.model_folders import HALF_VARIANT, check_pipeline_folder, weight_files
 from ksr_distill.inference.offload import take_turns
 from ksr_distill.inference.pipeline import KSRFlashPipeline
 from ksr_distill.inference.teacher import KSRTeacherPipeline
+from ksr_distill.model_json import read_object
 
 logger = logging.getLogger(__name__)
 

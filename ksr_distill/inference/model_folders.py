@@ -1,11 +1,9 @@
 """Model folders: written whole or not at all, and read back before anything is called done."""
 
-import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, VQModel
@@ -13,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ksr_distill.durable import replacing
+from ksr_distill.model_json import read_object
 from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
 from ksr_distill.models.weights import check_names_and_shapes
 
@@ -152,21 +151,6 @@ def weight_files(folder: Path) -> tuple[list[Path], list[Path]]:
     files = sorted(folder.glob("*.safetensors"))
     half = [file for file in files if f".{HALF_VARIANT}" in file.name]
     return [file for file in files if file not in half], half
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        ValueError: If the file is damaged, or holds something else.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds {value!r:.40}, not an object; copy the model folder again")
-    return value
 
 
 def check_pipeline_folder(

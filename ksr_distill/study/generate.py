@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, PngImagePlugin
 
+from ksr_distill.model_json import read_object
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.study.basket import Prompt
 
@@ -50,7 +51,7 @@ def load_text_to_image(
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(f"{folder}: no model_index.json in it; give a diffusers model folder")
-    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    name = read_object(index).get("_class_name")
     if isinstance(name, str) and not hasattr(diffusers, name):
         raise ValueError(f"{index}: diffusers {diffusers.__version__} has no {name}; update it")
     try:

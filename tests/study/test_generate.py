@@ -166,6 +166,9 @@ def test_a_model_that_takes_no_prompt_is_refused(tmp_path):
     index.write_text(index.read_text().replace("DDPMPipeline", "NobodyKnowsPipeline"))
     with pytest.raises(ValueError, match="has no NobodyKnowsPipeline; update"):
         load_text_to_image(tmp_path, dtype=torch.float32, device="cpu")
+    index.write_text("null")
+    with pytest.raises(ValueError, match=r"model_index.json holds None, not an object"):
+        load_text_to_image(tmp_path, dtype=torch.float32, device="cpu")
     with pytest.raises(ValueError, match=r"no model_index.json"):
         load_text_to_image(tmp_path / "unet", dtype=torch.float32, device="cpu")
 
