@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from ksr_distill.inference import cpu
 from ksr_distill.inference.acceleration import accelerate, can_accelerate, why_kernels_fail
 from ksr_distill.inference.layout import lay_out
-from ksr_distill.inference.memory import as_size, free_memory_bytes
+from ksr_distill.inference.memory import as_size, free_memory_bytes, weight_bytes
 from ksr_distill.inference.model_folders import HALF_VARIANT, check_pipeline_folder, weight_files
 from ksr_distill.inference.offload import take_turns
 from ksr_distill.inference.pipeline import KSRFlashPipeline
@@ -149,7 +149,7 @@ def _placed(pipeline: Pipeline, device: torch.device, *, fast: bool) -> Pipeline
     models = [m for m in pipeline.components.values() if isinstance(m, ModelMixin)]
     if device.type == "cpu":
         lay_out(*models, memory_format=torch.channels_last)
-    needed = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+    needed = weight_bytes(models)
     if device.type == "cuda" and needed > 0.6 * free_memory_bytes(device):
         logger.warning("%s of weights: the networks take turns on the GPU", as_size(needed))
         if fast:

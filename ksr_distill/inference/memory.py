@@ -1,6 +1,6 @@
 """How much memory a tile takes, and how large a tile the memory allows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -51,11 +51,15 @@ def peak_bytes(
         channels: Of the widest forward's first level.
         accelerated_per_px: Its peak with the fast operations, in units of (pixels · channels).
     """
-    weights = sum(p.numel() * p.element_size() for n in networks for p in n.parameters())
     per_px: float = ACTIVATIONS_PER_PX.get(device.type, 16)
     if any(getattr(network, "is_accelerated", False) for network in networks):
         per_px = accelerated_per_px
-    return weights + int(px * channels * per_px * dtype.itemsize)
+    return weight_bytes(networks) + int(px * channels * per_px * dtype.itemsize)
+
+
+def weight_bytes(networks: Iterable[nn.Module]) -> int:
+    """Return what the weights of networks take."""
+    return sum(p.numel() * p.element_size() for n in networks for p in n.parameters())
 
 
 def largest_fitting_tile(worker: Worker, device: torch.device) -> int:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ksr_distill.diffusion import sample_teacher, window_views
+from ksr_distill.inference.memory import weight_bytes
 from ksr_distill.inference.noise import PlaceNoise, Window
 from ksr_distill.inference.passes import is_out_of_memory
 from ksr_distill.models import KSRUNet
@@ -109,9 +110,8 @@ class TeacherPass:
 
     def working_bytes(self, tile_px: int, batch: int) -> int:  # noqa: ARG002 - one after the other
         """Return about what the weights and a tile need, with one window at once."""
-        weights = sum(p.numel() * p.element_size() for p in self.denoise.parameters())
         view = self.bytes_per_view(min(tile_px, self.window_px))
-        return weights + view + CANVAS_BYTES_PER_PX * tile_px**2
+        return weight_bytes([self.denoise]) + view + CANVAS_BYTES_PER_PX * tile_px**2
 
 
 def views_that_fit(free_bytes: int, *, bytes_per_view: int) -> int:
