@@ -21,13 +21,18 @@ from ksr_distill.locks import FileLock
 
 logger = logging.getLogger(__name__)
 
-LOCK, MANIFEST, FINISHED = "job.lock", "job.json", "finished"
+LOCK, MANIFEST, FINISHED, CAME = "job.lock", "job.json", "finished", ".came"
 
 NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """NFS without a lock daemon, Lustre mounted without -o flock."""
 
 JOIN_SECONDS = 2.0
 """How long one waits for another that prepares the folder, which takes milliseconds."""
+
+MEET_SECONDS = 600.0
+"""How long processes wait for each other before a picture that is there already is made anew."""
+
+MEET_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,17 @@ class Workspace:
         """Yield the target's workspace: with its tiles if the job is the same, empty if not.
 
         Meanwhile no other job can open it; where it is shared, other processes of this one can.
-        The last process of a finished job removes it.
+        The last process of a finished job removes it. Where the target is there already, nobody can
+        tell a process that comes late to a finished job from the first of a new one: it waits until
+        all of them have come.
 
         Args:
             job: Everything that decides a pixel.
 
         Raises:
-            ValueError: If another process makes this target, or if processes that share the job
-                find another's tiles; which of them should remove these, and when, cannot be known
-                here.
+            ValueError: If another process makes this target; if processes that share the job
+                find another's tiles (which of them should remove these, and when, cannot be known
+                here), or do not all come to make anew what is there.
         """
         folder = workspace_folder(target)
         wanted = json.dumps(job, indent=1, sort_keys=True).encode()
@@ -65,6 +72,8 @@ class Workspace:
         while lock is None:
             lock = _enter(target, folder, wanted, worker=worker, is_shared=num_workers > 1)
         try:
+            if num_workers > 1:
+                _meet(target, folder, worker, num_workers)
             yield cls(folder, worker)
         finally:
             _leave(folder, lock)
@@ -118,6 +127,9 @@ def _enter(
 def _prepare(folder: Path, wanted: bytes, *, worker: int, is_shared: bool) -> None:
     """Make a folder that nobody else uses this job's."""
     is_finished = (folder / FINISHED).exists()
+    if not _has_tiles(folder):  # whoever waited here was killed before all had come
+        for mark in folder.glob(f"*{CAME}"):
+            mark.unlink(missing_ok=True)
     if _whose(folder) not in (None, wanted):
         stranger = f"{folder} is from another job (other settings, picture or model)"
         if is_shared and not is_finished:
@@ -159,9 +171,48 @@ def _join(lock: FileLock) -> bool:
     return True
 
 
+def _meet(target: Path, folder: Path, worker: int, num_workers: int) -> None:
+    """Say that a process has come; where the target is there already, wait for all the others."""
+    marks = [folder / f"{number}{CAME}" for number in range(num_workers)]
+    mine = folder / f"{worker}{CAME}"
+    mine.touch()
+    try:
+        if target.exists() and not all(mark.exists() for mark in marks):
+            logger.warning(
+                "%s is there already: waiting for all %d processes to make it anew",
+                target,
+                num_workers,
+            )
+            _wait_for_all(target, marks, mine=mine)
+    except BaseException:
+        mine.unlink(missing_ok=True)
+        raise
+
+
+def _wait_for_all(target: Path, marks: list[Path], *, mine: Path) -> None:
+    until = time.monotonic() + MEET_SECONDS
+    while target.exists() and (num_missing := sum(not mark.exists() for mark in marks)):
+        if time.monotonic() > until:
+            raise ValueError(
+                f"{target} is there already, and only {len(marks) - num_missing} of {len(marks)} "
+                f"processes came within {MEET_SECONDS / 60:g} minutes to make it anew; leave it if "
+                "it is finished, else start all of them again, or remove it first"
+            )
+        time.sleep(MEET_POLL_SECONDS)
+        mine.touch()  # without locks, one that comes takes itself for the first, and clears up
+
+
+def _has_tiles(folder: Path) -> bool:
+    try:
+        return any(path.suffix == ".tiles" for path in folder.iterdir())
+    except FileNotFoundError:  # another process has just removed it
+        return False
+
+
 def _leave(folder: Path, lock: FileLock) -> None:
-    """Let go of a folder; remove it if the job is finished and nobody else is there."""
-    is_last = (folder / FINISHED).exists() and _take(lock.take_alone) and lock.is_in_place()
+    """Let go of a folder; remove it if nobody else is there and it is of no more use."""
+    is_useless = (folder / FINISHED).exists() or not _has_tiles(folder)
+    is_last = is_useless and _take(lock.take_alone) and lock.is_in_place()
     if is_last:
         _clear(folder)
         lock.path.unlink(missing_ok=True)

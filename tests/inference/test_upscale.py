@@ -565,9 +565,12 @@ def test_a_killed_job_goes_on_where_it_was_to_the_same_file(
     assert names(tmp_path) == ["big.png", "photo.png", "whole.png"]
 
 
+@pytest.mark.parametrize("is_there", [False, True])
 def test_processes_that_share_a_picture_make_the_same_file(
-    ksr, model_folder, photo, tmp_path, counted_writes
+    ksr, model_folder, photo, tmp_path, counted_writes, is_there
 ):
+    if is_there:
+        (tmp_path / "big.png").write_text("an earlier one")
     assert ksr(photo, "-o", tmp_path / "whole.png", *EIGHTFOLD).exit_code == 0
     num_tiles = len(counted_writes)
     counted_writes.clear()
@@ -580,6 +583,23 @@ def test_processes_that_share_a_picture_make_the_same_file(
     assert (tmp_path / "big.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
     assert len(counted_writes) > 0
     assert stdout.count("tile\n") == num_tiles - len(counted_writes) > 0
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("shard", ["0/2", "1/2"])
+def test_a_process_that_comes_when_the_picture_is_finished_does_not_wait_for_ever(
+    ksr, photo, tmp_path, counted_writes, monkeypatch, shard
+):
+    (tmp_path / "big.png").write_text("finished")
+    monkeypatch.setattr(workspace, "MEET_SECONDS", 0)
+    result = ksr(photo, "-o", tmp_path / "big.png", *EIGHTFOLD, "--shard", shard)
+    assert result.exit_code == 1
+    assert "waiting for all 2 processes to make it anew" in " ".join(result.stderr.split())
+    error = result.stderr.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / 'big.png'} is there already, and only 1 of 2 proc")
+    assert counted_writes == []
+    assert names(tmp_path) == ["big.png", "photo.png"]
+    assert (tmp_path / "big.png").read_text() == "finished"
 
 
 @pytest.mark.parametrize("first", [(), ("--shard", "0/2")])

@@ -9,12 +9,17 @@ from contextlib import ExitStack
 
 import pytest
 
+from ksr_distill.inference import workspace
 from ksr_distill.inference.workspace import Workspace, workspace_folder
 from ksr_distill.locks import FileLock
 
 
 def tiles(target):
     return sorted(path.name for path in workspace_folder(target).glob("*.tiles"))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def leave_tiles(target, job):
@@ -96,6 +101,71 @@ def test_of_many_starts_at_once_each_is_alone_with_its_kind_or_told_so(tmp_path,
     assert set(results) <= {"worked", True}
     assert "worked" in results
     assert list(tmp_path.iterdir()) == []
+
+
+def meet(target, *, worker, num_workers=2):
+    with Workspace.open(target, {"seed": 1}, worker=worker, num_workers=num_workers) as workspace:
+        (workspace.folder / "pass0.tiles").touch()
+        workspace.finish()
+
+
+def test_a_target_that_is_there_is_made_anew_when_all_have_come(tmp_path, caplog):
+    (tmp_path / "big.png").touch()
+    with ThreadPoolExecutor(3) as pool:
+        come = [pool.submit(meet, tmp_path / "big.png", worker=i, num_workers=3) for i in range(3)]
+    assert [each.exception() for each in come] == [None] * 3
+    assert names(tmp_path) == ["big.png"]
+    assert "big.png is there already: waiting for all 3 processes" in caplog.text
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+def test_one_that_comes_late_to_a_finished_job_waits_ten_minutes_and_leaves_nothing(
+    tmp_path, monkeypatch, worker
+):
+    monkeypatch.setattr(workspace, "MEET_SECONDS", 0)
+    (tmp_path / "big.png").touch()
+    with pytest.raises(ValueError, match=r"big\.png is there already, and only 1 of 2 processes"):
+        meet(tmp_path / "big.png", worker=worker)
+    assert names(tmp_path) == ["big.png"]
+
+
+def test_one_that_comes_back_to_a_job_at_work_waits_for_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "MEET_SECONDS", 0)
+    target = tmp_path / "big.png"
+    with Workspace.open(target, {"seed": 1}, worker=0, num_workers=2) as first:
+        meet(target, worker=1)
+        target.touch()
+        meet(target, worker=1)
+        first.finish()
+    assert names(tmp_path) == ["big.png"]
+
+
+def test_one_that_was_killed_while_it_waited_is_not_waited_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "MEET_SECONDS", 0)
+    target = tmp_path / "big.png"
+    target.touch()
+    workspace_folder(target).mkdir()
+    (workspace_folder(target) / "1.came").touch()
+    with pytest.raises(ValueError, match="only 1 of 2 processes"):
+        meet(target, worker=0)
+
+
+def test_one_that_gave_up_is_not_counted_by_those_that_still_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace, "MEET_SECONDS", 0)
+    target = tmp_path / "big.png"
+    with Workspace.open(target, {"seed": 1}, worker=0, num_workers=3) as first:
+        target.touch()
+        with pytest.raises(ValueError, match="only 2 of 3 processes"):
+            meet(target, worker=1, num_workers=3)
+        assert names(first.folder) == ["0.came", "job.json", "job.lock"]
+
+
+def test_a_target_that_is_removed_is_waited_for_no_longer(tmp_path, monkeypatch):
+    target = tmp_path / "big.png"
+    target.touch()
+    monkeypatch.setattr(time, "sleep", lambda _: target.unlink())
+    meet(target, worker=1)
+    assert names(tmp_path) == []
 
 
 def test_a_lock_in_a_folder_that_was_removed_meanwhile_is_taken_again(tmp_path):
