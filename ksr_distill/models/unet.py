@@ -1,6 +1,7 @@
 """The super-resolution U-Net: x_t, a timestep and the low-resolution image in, pred_x_0 out."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
 import torch
@@ -10,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
+from ksr_distill.model_json import as_object
 from ksr_distill.models.alignment import align_weights
 from ksr_distill.models.blocks import ResNetBlock, TimeEmbedding, Upsampling
 from ksr_distill.models.norms import GroupNorm
@@ -93,6 +95,19 @@ class KSRUNet(ModelMixin, ConfigMixin):
         """Return the model of a folder, as ModelMixin does, with its weights aligned."""
         loaded = super().from_pretrained(*args, **kwargs)
         align_weights(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Return config.json, as ConfigMixin does.
+
+        Raises:
+            ValueError: If it holds no object: diffusers would take what it holds for a folder.
+        """
+        folder = args[0] if args else kwargs["pretrained_model_name_or_path"]
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        as_object(config, where=Path(folder, kwargs.get("subfolder") or "", "config.json"))
         return loaded
 
     @property

@@ -150,3 +150,12 @@ def test_lowres_may_be_enlarged_before():
     x_t, lowres = torch.randn(2, 3, 16, 24), torch.rand(2, 3, 4, 6)
     t = torch.tensor([979, 3])
     assert torch.equal(unet(x_t, t, lowres), unet(x_t, t, enlarge(lowres, x_t)))
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"elsewhere"'])
+def test_a_config_that_is_no_object_is_one_line(tmp_path, content):
+    KSRUNet(**TINY).save_pretrained(tmp_path / "sr")
+    (tmp_path / "sr" / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"sr/config\.json holds .*, not an object; copy") as error:
+        KSRUNet.from_pretrained(tmp_path, subfolder="sr")
+    assert "\n" not in str(error.value)
