@@ -16,6 +16,9 @@ from ksr_distill.models.alignment import align_weights
 from ksr_distill.models.blocks import ResNetBlock, TimeEmbedding, Upsampling
 from ksr_distill.models.norms import GroupNorm
 
+MAX_BLOCKS = 1000
+"""Of a level. The released network has 8; a number out of a damaged config would build for ever."""
+
 
 class Encoded(NamedTuple):
     """What the downward half knows: a critic reads it, the upward half continues from it.
@@ -216,8 +219,11 @@ def check_unet_config(
             f"model.num_blocks has {len(num_blocks)} levels and model.channel_multipliers "
             f"{len(widths) - 1}; give both one entry for each level"
         )
-    if min(num_blocks) < 1:
-        raise ValueError(f"model.num_blocks={list(num_blocks)} has a level without blocks; use ≥ 1")
+    if any(type(count) is not int or not 1 <= count <= MAX_BLOCKS for count in num_blocks):
+        raise ValueError(
+            f"model.num_blocks={list(num_blocks)} is not allowed; use whole numbers from 1 to "
+            f"{MAX_BLOCKS}, one for each level"
+        )
     if any(type(width) is not int or width < 1 for width in widths):
         raise ValueError(
             f"model.base_channels times model.channel_multipliers gives the channels {widths}; "

@@ -422,6 +422,11 @@ def test_a_damaged_or_hostile_model_folder_is_one_line(
             {"num_groups": 0},
             "sr/config.json gives no KSRUNet: model.num_groups=0",
         ),
+        (
+            "sr/config.json",
+            {"num_blocks": [10**9, 1]},
+            "sr/config.json gives no KSRUNet: model.num",
+        ),
         ("sr/config.json", {"base_channels": -8}, "gives the channels [-8, -8, -16]"),
         ("sr/config.json", {"base_channels": 2**40}, "sr/config.json gives no KSRUNet: "),
     ],

@@ -103,7 +103,9 @@ def test_odd_sides_are_refused_with_the_stride():
     ("change", "key"),
     [({"num_groups": 3}, "model.num_groups=3"), ({"num_groups": 0}, "model.num_groups=0"),
      ({"base_channels": -4}, r"the channels \[-4, -4, -8\]"),
-     ({"num_blocks": (1,)}, "model.num_blocks"), ({"num_blocks": (0, 1)}, "without blocks")],
+     ({"num_blocks": (1,)}, "model.num_blocks"),
+     ({"num_blocks": (0, 1)}, "whole numbers from 1 to 1000"),
+     ({"num_blocks": (1, 10**9)}, "whole numbers from 1 to 1000")],
 )  # fmt: skip
 def test_impossible_layouts_are_refused_by_key(change, key):
     with pytest.raises(ValueError, match=key):
