@@ -186,7 +186,8 @@ def write_frontier(rows: Mapping[str, Any], path: Path) -> None:
     longest = max((row for row in rows.values() if "curves" in row), key=lambda r: r["updates"])
     way = [[value for _, value in longest["curves"][key]] for key in ("val/psnr_y", "val/swd")]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
+        height = max(5.4, 0.7 + 0.18 * len(ended))  # the legend has a line of .18 inches a row
+        figure = Figure(figsize=(9.6, height), dpi=100, layout="constrained")
         axes = figure.add_subplot()
         label = f"every 250 of {longest['updates']} updates"
         axes.plot(*way, color=ACCENTS[4], label=label, **LINE)
