@@ -103,7 +103,8 @@ def main(arguments: list[str] | None = None) -> None:
                 out = Path(scratch, f"{way} {start}")
                 cost = run_command(
                     [sys.executable, "-c", "from ksr_distill.cli import main; main()", "upscale",
-                     str(pictures), "-o", str(out), "--format", "png", *flags, "--model", str(model)]
+                     str(pictures), "-o", str(out), "--format", "png", "--model", str(model),
+                     *flags]
                 )  # fmt: skip
                 row = {"way": way, "start": start, "seconds": round(cost.seconds, 2),
                        "pictures": count, "peak_mb": round(cost.peak_mb),
