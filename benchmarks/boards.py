@@ -65,12 +65,12 @@ def make_board(config: dict[str, Any], device: torch.device) -> UpdateModule:
     build = instantiate(config["module"], _partial_=True, _convert_="all")
     module: UpdateModule = build(record={"config": config})
     module.to(device).train()
-    deal_optimizers(module)
+    renew_optimizers(module)
     module.manual_backward = lambda loss, *_, **__: loss.backward()  # type: ignore[method-assign]
     return module
 
 
-def deal_optimizers(module: UpdateModule) -> None:
+def renew_optimizers(module: UpdateModule) -> None:
     """Give the module new optimisers: their state follows the weights' memory format."""
     bare: list[Any] = [BareOptimizer(optimizer) for optimizer in module.configure_optimizers()]
     module.optimizers = lambda *_, **__: bare  # type: ignore[method-assign]
@@ -100,16 +100,16 @@ def whole_update(module: UpdateModule, batch: Batch) -> None:
 
 
 def critic_turn(module: DistillationModule, batch: Batch) -> None:
-    """Play the critic's turn alone, as in its warm-up."""
-    rounds = module.begin("critic's turn alone", module.deal(batch))
-    plays = [module.play(r, with_gradient=False) for r in rounds]
-    module.end_update(module.critic_turn(rounds, plays))
+    """Run the critic's turn alone, as in its warm-up."""
+    micro_batches = module.begin("critic's turn alone", module.prepare(batch))
+    passes = [module.forward_pass(m, with_gradient=False) for m in micro_batches]
+    module.end_update(module.critic_turn(micro_batches, passes))
 
 
 def student_turn(module: DistillationModule, batch: Batch) -> None:
-    """Play the student's turn alone, from the deal on."""
-    rounds = module.begin("student's turn alone", module.deal(batch))
-    module.end_update(module.student_turn(rounds, None))
+    """Run the student's turn alone, from the preparation on."""
+    micro_batches = module.begin("student's turn alone", module.prepare(batch))
+    module.end_update(module.student_turn(micro_batches, None))
 
 
 def turns_of(module: UpdateModule) -> dict[str, Callable[[Any, Batch], None]]:

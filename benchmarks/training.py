@@ -11,8 +11,8 @@
 Cases run at the same time, on a device each if there are as many, and are measured one after the
 other. Rows are written as they come: a run that is ended leaves what it had.
 
-``ours`` is what conf/train.yaml sets, with each kind of block compiled once and updates replayed
-from recordings; ``eager`` is the same algorithm without either, in PyTorch's own memory format, and
+``ours`` is what conf/train.yaml sets, with each kind of block compiled once and updates replayed as
+CUDA graphs; ``eager`` is the same algorithm without either, in PyTorch's own memory format, and
 ``recomputing`` with activation checkpointing of the student.
 TFLOP/s are those of convolutions and matrix products, counted in eager updates with the same
 draws, over the time of an update; their share is of a large bf16 product's, the fastest that a case
@@ -40,10 +40,10 @@ import torch
 from benchmarks.boards import (
     STEADY,
     composed,
-    deal_optimizers,
     make_board,
     precision_of_training,
     random_batch,
+    renew_optimizers,
     turns_of,
     write_random_teacher,
 )
@@ -60,7 +60,7 @@ from benchmarks.measuring import (
 from benchmarks.profiling import print_profile
 from ksr_distill.training.arithmetic import ArithmeticCounter
 from ksr_distill.training.base import UpdateModule
-from ksr_distill.training.recording import WARM_UPS
+from ksr_distill.training.cuda_graphs import WARM_UPS
 from ksr_distill.types import Batch
 
 # Draws are a function of the update: all rows see the same. In these four the student is rolled out
@@ -136,7 +136,7 @@ class Bench:
         self.batch = random_batch(case.batch_size, case.crop_px, device)
         self.turns = turns_of(self.module)
         self.flops: dict[str, float] = {}
-        self.recorded_gb = 0.0
+        self.captured_gb = 0.0
         self.rate = matmul_rate(device)
 
     def play(self, turn: str) -> None:
@@ -145,16 +145,16 @@ class Bench:
         self.turns[turn](self.module, self.batch)
 
     def lay_out(self, memory_format: torch.memory_format) -> None:
-        """Give weights, averages and moments a memory format; record them where they lie now."""
+        """Give weights, averages and moments a memory format; capture them where they lie now."""
         self.module.to(memory_format=memory_format)
-        deal_optimizers(self.module)
-        self.module.make_recorder()
+        renew_optimizers(self.module)
+        self.module.make_graph_runner()
 
     def count(self) -> None:
         """Count the arithmetic of the updates that will be timed, on one picture of the batch."""
         whole, self.batch = self.batch, Batch(*(tensor[:1] for tensor in self.batch))
         torch.backends.cudnn.benchmark = False  # no trials of algorithms for shapes that come once
-        with self.module.as_written():
+        with self.module.eager():
             for turn in self.turns:
                 with ArithmeticCounter() as counter:
                     for _ in range(self.calls):
@@ -170,19 +170,19 @@ class Bench:
             with phase(f"{self.case.name}, {self.case.crop_px}²: update {number + 1} compiled"):
                 self.play("update")
                 wait_for(self.device)
-        self.record("update")
+        self.capture("update")
 
-    def record(self, turn: str) -> None:
-        """Play a turn until it is recorded, if it is; note the peak: replays allocate nothing."""
+    def capture(self, turn: str) -> None:
+        """Run a turn until it is captured, if it is; note the peak: replays allocate nothing."""
         for _ in range(WARM_UPS + 1):
             self.play(turn)
-        self.recorded_gb = peak_gb(self.device) if self.module.recorder.tape else 0.0
+        self.captured_gb = peak_gb(self.device) if self.module.graphs.backend else 0.0
 
     def rows(self, mode: str, *, repeats: int, turns: Sequence[str] | None = None) -> list[Row]:
         """Time turns; all, if none are named."""
         timed = []
         for turn in turns or self.turns:
-            self.record(turn)
+            self.capture(turn)
             times = time_calls(
                 partial(self.play, turn), calls=self.calls, repeats=repeats, device=self.device
             )
@@ -191,7 +191,7 @@ class Bench:
 
     def eager_rows(self, mode: str, **how: Any) -> list[Row]:
         """Time turns without compilation."""
-        with self.module.as_written():
+        with self.module.eager():
             return self.rows(mode, **how)
 
     def as_row(self, turn: str, mode: str, times: Times) -> Row:
@@ -200,7 +200,7 @@ class Bench:
         return Row(self.case.name, turn, mode, size, self.case.crop_px, times.seconds,
                    times.host_seconds, times.spread, size / times.seconds,
                    flops / times.seconds / 1e12, flops / times.seconds / self.rate,
-                   max(times.peak_gb, self.recorded_gb), self.rate / 1e12, self.also)  # fmt: skip
+                   max(times.peak_gb, self.captured_gb), self.rate / 1e12, self.also)  # fmt: skip
 
 
 def recompute_activations(module: UpdateModule, yes: bool) -> None:

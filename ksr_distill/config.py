@@ -49,7 +49,7 @@ def check_train_config(config: Mapping[str, Any]) -> None:
     """
     check_targets(config)
     check_game(config)
-    check_recording(config)
+    check_cuda_graphs(config)
     check_trainer(config["trainer"])
     check_run_folder(config)
     check_whole_number(config, "num_updates", at_least=1)
@@ -97,12 +97,12 @@ def check_game(config: Mapping[str, Any]) -> None:
             )
 
 
-def check_recording(config: Mapping[str, Any]) -> None:
-    """Refuse to record what reads the generators' state: recomputation does, to repeat dropout."""
+def check_cuda_graphs(config: Mapping[str, Any]) -> None:
+    """Refuse CUDA graphs of recomputed activations: dropout is repeated from the RNG state."""
     if config["cuda_graphs"] and config["gradient_checkpointing"]:
         raise ValueError(
             "cuda_graphs=true with gradient_checkpointing=true: an update that computes "
-            "activations again cannot be recorded; use cuda_graphs=false"
+            "activations again cannot be captured; use cuda_graphs=false"
         )
 
 
@@ -164,7 +164,7 @@ def check_strategy(config: Mapping[str, Any], *, world_size: int) -> None:
         if strategy == "fsdp" and config[key]:
             raise ValueError(
                 f"{key}={config[key]} with trainer.strategy=fsdp: weights that come and go cannot "
-                f"be compiled over or recorded; use {key}=false"
+                f"be compiled over or captured; use {key}=false"
             )
 
 

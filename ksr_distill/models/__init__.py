@@ -3,7 +3,7 @@
 # diffusers resolves ["ksr_distill.models", "KSRUNet"] only where the base class can be seen too.
 from diffusers import ModelMixin
 
-from ksr_distill.models.critic import Critic, CriticHeads, judge
+from ksr_distill.models.critic import Critic, CriticHeads, scores_of_frozen_heads
 from ksr_distill.models.refiner import RefinerContext, RefinerUNet
 from ksr_distill.models.unet import Encoded, KSRUNet, enlarge, layout_of
 
@@ -16,6 +16,6 @@ __all__ = [
     "RefinerContext",
     "RefinerUNet",
     "enlarge",
-    "judge",
     "layout_of",
+    "scores_of_frozen_heads",
 ]

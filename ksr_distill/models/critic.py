@@ -126,7 +126,9 @@ class CriticHeads(nn.Module):
         return [scores for scores, _ in pairs], [slopes for _, slopes in pairs]
 
 
-def judge(heads: CriticHeads, features: Sequence[Tensor], t: Int[Tensor, " b"]) -> list[Tensor]:
+def scores_of_frozen_heads(
+    heads: CriticHeads, features: Sequence[Tensor], t: Int[Tensor, " b"]
+) -> list[Tensor]:
     """Return the heads' scores; gradient flows to the features, never to the heads."""
     frozen = {name: weight.detach() for name, weight in heads.named_parameters()}
     return torch.func.functional_call(heads, frozen, (features, t))

@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ksr_distill.randomness import Stream, generator_for
 from ksr_distill.training.compiling import WAYS, compile_network
+from ksr_distill.training.cuda_graphs import CudaGraphBackend, GraphRunner
 from ksr_distill.training.ema import ema_decay, update_ema
-from ksr_distill.training.recording import CudaTape, Recorder
 from ksr_distill.training.settings import PlayerOptim, require
 from ksr_distill.training.strategy import average_gradients
 from ksr_distill.types import Batch
@@ -37,7 +37,8 @@ class UpdateModule(LightningModule):
         ema_decay: Final decay of the averaged network.
         compile_networks: What of the networks is compiled, see ``compiling.WAYS``; worth its minute
             from some hundred updates on.
-        cuda_graphs: Replay updates from recordings, see ``recording``; on a CPU they are played.
+        cuda_graphs: Capture updates as CUDA graphs and replay them, see ``cuda_graphs``; no effect
+            on a CPU.
         record: What an exported folder must know, e.g. the resolved config. Plain types.
     """
 
@@ -67,7 +68,7 @@ class UpdateModule(LightningModule):
         self.ema_decay = ema_decay
         self.compile_networks = compile_networks
         self.cuda_graphs = bool(cuda_graphs)
-        self.recorder = Recorder(None)
+        self.graphs = GraphRunner(None)
         self.record = {"seed": seed, **record}
         self.update = 0
         self.network_updates: dict[str, int] = {}
@@ -107,32 +108,32 @@ class UpdateModule(LightningModule):
 
     @property
     def reduces_gradients(self) -> bool:
-        """Whether ``step`` averages gradients over the ranks itself: recordings have no hooks."""
+        """Whether ``step`` averages gradients over the ranks itself: CUDA graphs run no hooks."""
         return self.cuda_graphs
 
     def on_train_start(self) -> None:
-        """Make the recorder.
+        """Prepare to capture CUDA graphs.
 
         Raises:
-            ValueError: If a recording would write over the gradients of earlier micro-batches.
+            ValueError: If a replay would overwrite the gradients of earlier micro-batches.
         """
         if self.cuda_graphs and self.accumulate > 1:
             raise ValueError(
-                f"cuda_graphs=true with {self.accumulate} micro-batches in an update: a recorded "
-                "backward writes over the gradients of the one before; use "
+                f"cuda_graphs=true with {self.accumulate} micro-batches in an update: a replayed "
+                "backward overwrites the gradients of the one before; use "
                 "data.micro_batch_size=null, or cuda_graphs=false"
             )
-        self.make_recorder()
+        self.make_graph_runner()
 
-    def make_recorder(self) -> None:
-        """Record updates from now on, where there is a device that can repeat them."""
-        records = self.cuda_graphs and self.device.type == "cuda"
-        self.recorder = Recorder(CudaTape() if records else None)
+    def make_graph_runner(self) -> None:
+        """Start capturing anew: weights may have moved in memory. On a CPU nothing is captured."""
+        captures = self.cuda_graphs and self.device.type == "cuda"
+        self.graphs = GraphRunner(CudaGraphBackend() if captures else None)
 
     @contextmanager
-    def as_written(self) -> Iterator[None]:
-        """Play neither compiled nor recorded meanwhile."""
-        with torch.compiler.set_stance("force_eager"), self.recorder.paused():
+    def eager(self) -> Iterator[None]:
+        """Run neither compiled code nor CUDA graphs meanwhile."""
+        with torch.compiler.set_stance("force_eager"), self.graphs.paused():
             yield
 
     @property

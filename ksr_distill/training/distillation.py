@@ -1,9 +1,12 @@
-"""The game: a student learns to fool a critic that sees with the teacher's eyes.
+"""Adversarial distillation: a few-step student against a critic on the teacher's features.
 
 Notation (README, "The game"): c = lowres, x_0 = hires, G the student, a_t = √ᾱ_t, s_t = √(1 - ᾱ_t).
-The critic is the paper's discriminator: Φ, the teacher's frozen downward half, and trained heads D.
-Recipe: Kandinsky 3.1 Flash (arXiv:2312.03511, §5.1), adversarial diffusion distillation
-(arXiv:2311.17042) with a Wasserstein loss.
+The critic is the paper's discriminator: Φ, the teacher's frozen downward half (the trunk), and
+trained heads D on its features. Recipe: Kandinsky 3.1 Flash (arXiv:2312.03511, §5.1), adversarial
+diffusion distillation (arXiv:2311.17042) with a Wasserstein loss.
+
+Read ``training_step`` first, then ``prepare``, ``critic_turn`` and ``student_turn``.
+``self.graphs.run(name, work)`` is ``work()``, or its replay as a CUDA graph (``cuda_graphs.py``).
 """
 
 from collections.abc import Sequence
@@ -26,7 +29,7 @@ from ksr_distill.losses import (
     weighted_l1,
     wgan_gp_head_penalty,
 )
-from ksr_distill.models import Critic, KSRUNet, enlarge, judge, layout_of
+from ksr_distill.models import Critic, KSRUNet, enlarge, layout_of, scores_of_frozen_heads
 from ksr_distill.randomness import Stream
 from ksr_distill.training.balance import GradientBalance
 from ksr_distill.training.base import UpdateModule
@@ -41,35 +44,35 @@ from ksr_distill.training.validation import (
 from ksr_distill.types import Batch
 
 LAST_TIMESTEP = 229
-"""The released student's last timestep: L1 counts fully there, less where more was noise."""
+"""The released student's last timestep. L1 has its full weight here, and less at noisier ones."""
 
 
 @dataclass
-class Round:
-    """One micro-batch on the table: what the student is given, and how the critic will look."""
+class MicroBatch:
+    """What both turns need of one micro-batch; every random draw has been made."""
 
     x_0: Float[Tensor, "b 3 H W"]
     lowres: Float[Tensor, "b 3 H W"]  # enlarged
-    x_t: Float[Tensor, "b 3 H W"]
+    x_t: Float[Tensor, "b 3 H W"]  # the student's input, at t
     t: Int[Tensor, " b"]
-    timestep: int  # all of t, on the host: nobody waits for the device
-    critic_eps: Float[Tensor, "b 3 H W"]
+    timestep: int  # the value of all of t, known without reading the device
+    critic_eps: Float[Tensor, "b 3 H W"]  # the noise through which the critic looks, at critic_t
     critic_t: Int[Tensor, " b"]
-    penalty_draw: Tensor | None  # of the critic's penalty: ξ, or where it mixes
+    penalty_draw: Tensor | None  # what the critic's penalty needs: ξ, or the mixing weights
 
 
 @dataclass
-class Sight:
-    """What the student is given in one step of sampling."""
+class StudentInputs:
+    """The student's inputs in one sampling step."""
 
     x_t: Float[Tensor, "b 3 H W"]
     t: Int[Tensor, " b"]
-    lowres: Float[Tensor, "b 3 H W"]
+    lowres: Float[Tensor, "b 3 h w"]
 
 
 @dataclass
-class Play:
-    """The student's estimate, and what the critic's trunk sees in it and in the original."""
+class ForwardPass:
+    """The student's estimate, and the trunk's features of it (fake) and of the original (real)."""
 
     pred_x_0: Float[Tensor, "b 3 H W"]
     fake: list[Tensor]
@@ -77,8 +80,8 @@ class Play:
 
 
 @dataclass
-class Verdict:
-    """The critic's losses by name, and its scores; holds no graph."""
+class CriticOutputs:
+    """The critic's losses by name, and its scores; detached."""
 
     losses: dict[str, Tensor]
     scores_real: list[Tensor]
@@ -86,8 +89,8 @@ class Verdict:
 
 
 @dataclass
-class Table:
-    """What lies open after an update, for whoever watches; holds no graph."""
+class UpdateOutputs:
+    """The images and scores of an update's last micro-batch, for callbacks; detached."""
 
     x_0: Float[Tensor, "b 3 H W"]
     pred_x_0: Float[Tensor, "b 3 H W"]
@@ -97,11 +100,11 @@ class Table:
 
 
 class DistillationModule(UpdateModule):
-    """Distil a teacher into a student of few steps.
+    """Distils a teacher into a few-step student.
 
     Args:
         student: Starts from the teacher's weights; dropout 0.
-        critic: Around the frozen teacher.
+        critic: Built on the frozen teacher.
         timesteps: The student's timesteps, falling, e.g. (979, 729, 479, 229).
     """
 
@@ -125,10 +128,11 @@ class DistillationModule(UpdateModule):
         self.student = student
         self.student_ema = self.average_of(student)
         self.critic = critic
-        self.judge, self.scores_and_r1 = judge, scores_and_r1
+        self.scores_of_frozen_heads = scores_of_frozen_heads
+        self.scores_and_r1 = scores_and_r1
         self.feature_matching_loss = feature_matching_loss
         if self.compile_networks:
-            self.compile_looking()
+            self.compile_critic()
         self.schedule = NoiseSchedule("linear")
         self.timesteps = tuple(timesteps)
         self.game = game
@@ -140,7 +144,7 @@ class DistillationModule(UpdateModule):
             floor=student_terms.balance_floor,
         )
         self.scale = scale
-        self.table: Table | None = None
+        self.last_outputs: UpdateOutputs | None = None
         self.add_network("critic", critic.heads, critic_optim)
         self.add_network("student", student, student_optim)
         self.record |= {"kind": "student", "model": layout_of(student), "scale": scale,
@@ -149,64 +153,75 @@ class DistillationModule(UpdateModule):
     # ---- the algorithm ---------------------------------------------------------------------------
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002 - Lightning's
-        """Play one update: deal, the critic's turn, then (unless it waits) the student's."""
-        rounds = self.deal(batch)
+        """Make one update: the critic's turn, then the student's if it is due."""
+        micro_batches = self.prepare(batch)
         student_moves = self.is_student_turn
-        # With one micro-batch both turns share the student's and the trunk's forward pass: neither
-        # changes between them. With more, the graphs would not fit, and the student plays again.
-        shares_graph = student_moves and len(rounds) == 1
-        rounds = self.begin("both turns" if shares_graph else "critic's turn", rounds)
-        plays = [self.play(r, with_gradient=shares_graph) for r in rounds]
-        values = self.critic_turn(rounds, plays)
+        # With one micro-batch both turns share the forward pass of student and trunk: neither of
+        # them changes in the critic's turn. More graphs than one would not fit into memory, so with
+        # several micro-batches the student's turn runs its own.
+        shares_forward = student_moves and len(micro_batches) == 1
+        name = "both turns" if shares_forward else "critic's turn"
+        micro_batches = self.begin(name, micro_batches)
+        passes = [self.forward_pass(m, with_gradient=shares_forward) for m in micro_batches]
+        values = self.critic_turn(micro_batches, passes)
         if student_moves:
-            values |= self.student_turn(rounds, plays if shares_graph else None)
+            values |= self.student_turn(micro_batches, passes if shares_forward else None)
         self.end_update(values)
 
-    def deal(self, batch: Batch) -> list[Round]:
-        """Draw what both turns need: x_t at a t that all ranks share, and the critic's t and ε."""
+    def prepare(self, batch: Batch) -> list[MicroBatch]:
+        """Make every draw of the update: x_t at a timestep that all ranks share, critic_t, noise.
+
+        Early in the run only the later half of the timesteps is drawn.
+        """
         shared = self.shared_generator(Stream.STUDENT_TIMESTEP)
         is_early = self.student_updates < self.game.late_timesteps_updates
         first = len(self.timesteps) // 2 if is_early else 0
         index = int(torch.randint(first, len(self.timesteps), (), generator=shared))
         prob = self.game.simulation_prob(self.student_updates)
         simulates = bool(torch.rand((), generator=shared) < prob)
-        how = {"index": index, "simulates": simulates}
-        return [self.deal_round(*micro_batch, **how) for micro_batch in self.micro_batches(batch)]
+        return [
+            self.prepare_micro_batch(part, generator, index=index, simulates=simulates)
+            for part, generator in self.micro_batches(batch)
+        ]
 
     @torch.no_grad()
-    def deal_round(
+    def prepare_micro_batch(
         self, batch: Batch, generator: torch.Generator, *, index: int, simulates: bool
-    ) -> Round:
-        """Noise the original, or (backward simulation) the student's own estimate one step before.
+    ) -> MicroBatch:
+        """Noise the original, or with backward simulation the student's own previous estimate.
 
-        The first timestep is pure noise either way: that is where sampling starts.
+        At the first timestep x_t is pure noise either way, for that is where sampling starts.
+
+        Args:
+            index: Of the timestep among the student's.
+            simulates: Whether x_t comes from a roll-out of the student (backward simulation).
         """
-        x_0, lowres = batch[0], enlarge(batch[1], batch[0])  # once: networks find it large enough
+        x_0, lowres = batch[0], enlarge(batch[1], batch[0])  # here once, not in each network
         draw_noise = noise_from(generator, x_0.shape, device=x_0.device)
         *earlier, timestep = self.timesteps[: index + 1]
         t = torch.full(x_0.shape[:1], timestep, device=x_0.device)
         start = x_0
         if simulates and earlier:
-            start = sample_few_steps(self.estimate, lowres, timesteps=earlier,
+            start = sample_few_steps(self.roll_out_step, lowres, timesteps=earlier,
                                      schedule=self.schedule, draw_noise=draw_noise)  # fmt: skip
         eps = draw_noise(0)
         x_t = self.schedule.add_noise(start, eps, t) if earlier else eps
         critic_t = self.draw_critic_t(x_0, generator)
         critic_eps, penalty_draw = draw_noise(0), self.draw_for_penalty(x_0, generator)
-        return Round(x_0, lowres, x_t, t, timestep, critic_eps, critic_t, penalty_draw)
+        return MicroBatch(x_0, lowres, x_t, t, timestep, critic_eps, critic_t, penalty_draw)
 
-    def estimate(self, x_t: Tensor, t: Tensor, lowres: Tensor) -> Float[Tensor, "b 3 H W"]:
-        """Return the student's estimate in a roll-out; good until the next one is asked for."""
-        self.recorder.begin("estimate")
-        sight = self.recorder.hold(Sight(x_t, t, lowres))
-        return self.recorder.play(
-            "estimate", lambda: self.wrapped("student")(sight.x_t, sight.t, sight.lowres)
+    def roll_out_step(self, x_t: Tensor, t: Tensor, lowres: Tensor) -> Float[Tensor, "b 3 H W"]:
+        """Return the student's estimate in a roll-out; the next call may overwrite it."""
+        self.graphs.begin("roll-out")
+        inputs = self.graphs.static(StudentInputs(x_t, t, lowres))
+        return self.graphs.run(
+            "roll-out", lambda: self.wrapped("student")(inputs.x_t, inputs.t, inputs.lowres)
         )
 
     def draw_critic_t(self, x_0: Tensor, generator: torch.Generator) -> Int[Tensor, " b"]:
-        """Draw the timesteps at which the critic looks: log-SNR uniform, towards little noise.
+        """Draw the critic's timesteps, uniformly in log-SNR.
 
-        The structure of a super-resolved picture comes from c, so what is left to judge is texture.
+        The range lies at little noise: lowres fixes the structure, so only texture is left to tell.
         """
         low, high = self.game.critic_log_snr
         u = torch.rand(x_0.shape[0], generator=generator, device=x_0.device)
@@ -222,46 +237,51 @@ class DistillationModule(UpdateModule):
             return torch.rand(shape, generator=generator, device=x_0.device)
         return None
 
-    def begin(self, turns: str, rounds: Sequence[Round]) -> list[Round]:
-        """Begin what is recorded as one; return the rounds where it reads them."""
-        self.recorder.begin(turns)
-        return [self.recorder.hold(r) for r in rounds]
+    def begin(self, name: str, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Begin a sequence of CUDA graphs; return the micro-batches where the graphs read them."""
+        self.graphs.begin(name)
+        return [self.graphs.static(m) for m in micro_batches]
 
-    def play(self, r: Round, *, with_gradient: bool) -> Play:
-        """Let the student estimate, and the trunk look at the estimate and at the original."""
-        return self.recorder.play("play", lambda: self._play(r, with_gradient=with_gradient))
+    def forward_pass(self, m: MicroBatch, *, with_gradient: bool) -> ForwardPass:
+        """Return the student's estimate, and the critic's features of it and of the original."""
+        return self.graphs.run("forward", lambda: self._forward_pass(m, with_gradient))
 
-    def _play(self, r: Round, *, with_gradient: bool) -> Play:
+    def _forward_pass(self, m: MicroBatch, with_gradient: bool) -> ForwardPass:
         with torch.set_grad_enabled(with_gradient):
-            pred_x_0 = self.wrapped("student")(r.x_t, r.t, r.lowres).float()
-            fake = self.look(pred_x_0, r)
+            pred_x_0 = self.wrapped("student")(m.x_t, m.t, m.lowres).float()
+            fake = self.critic_features(pred_x_0, m)
         with torch.no_grad():
-            return Play(pred_x_0, fake, self.look(r.x_0, r))
+            return ForwardPass(pred_x_0, fake, self.critic_features(m.x_0, m))
 
-    def look(self, image: Tensor, r: Round) -> list[Tensor]:
-        """Return n_k(a·image + s·ε), what the heads read of an image at this round's t and ε."""
-        x_t = self.schedule.add_noise(image, r.critic_eps, r.critic_t)
-        return self.critic.features(x_t, r.critic_t, r.lowres)
+    def critic_features(self, image: Tensor, m: MicroBatch) -> list[Tensor]:
+        """Return n_k(a·image + s·ε): what the heads read of an image, noised to critic_t."""
+        x_t = self.schedule.add_noise(image, m.critic_eps, m.critic_t)
+        return self.critic.features(x_t, m.critic_t, m.lowres)
 
-    def critic_turn(self, rounds: Sequence[Round], plays: Sequence[Play]) -> dict[str, Tensor]:
-        """Teach the heads: E[D(f)] - E[D(r)] + γ·R + drift·E[D(r)²]; step the critic."""
-        for i, (r, play) in enumerate(zip(rounds, plays, strict=True)):
-            with self.no_sync_but_last("critic", i, len(rounds)):
-                verdict = self.recorder.play(
+    def critic_turn(
+        self, micro_batches: Sequence[MicroBatch], passes: Sequence[ForwardPass]
+    ) -> dict[str, Tensor]:
+        """Step the heads down E[D(fake)] - E[D(real)] + γ·R + drift·E[D(real)²]."""
+        share = 1 / len(micro_batches)
+        for i, (m, forward) in enumerate(zip(micro_batches, passes, strict=True)):
+            with self.no_sync_but_last("critic", i, len(micro_batches)):
+                outputs = self.graphs.run(
                     "critic",
-                    lambda r=r, play=play: self.critic_gradient(r, play, share=1 / len(rounds)),
+                    lambda m=m, forward=forward: self.critic_backward(m, forward, share=share),
                     trains=self.critic.heads,
                 )
-        self.table = Table(r.x_0, play.pred_x_0.detach(), r.timestep,
-                           verdict.scores_real, verdict.scores_fake)  # fmt: skip
-        return {**verdict.losses, "train/critic_gradient_norm": self.step("critic")}
+        self.last_outputs = UpdateOutputs(m.x_0, forward.pred_x_0.detach(), m.timestep,
+                                          outputs.scores_real, outputs.scores_fake)  # fmt: skip
+        return {**outputs.losses, "train/critic_gradient_norm": self.step("critic")}
 
-    def critic_gradient(self, r: Round, play: Play, *, share: float) -> Verdict:
+    def critic_backward(
+        self, m: MicroBatch, forward: ForwardPass, *, share: float
+    ) -> CriticOutputs:
         """Add the gradient of the critic's loss, times this micro-batch's share, to the heads."""
         terms = self.critic_terms
         with self.in_float32():
-            scores_fake = self.wrapped("critic")(self.heads_inputs(play.fake), r.critic_t)
-        scores_real, penalty = self.scores_and_penalty(r, play)
+            scores_fake = self.wrapped("critic")(self.head_inputs(forward.fake), m.critic_t)
+        scores_real, penalty = self.scores_and_penalty(m, forward)
         gap = critic_loss(scores_real, scores_fake)
         drift = drift_penalty(scores_real)
         loss = gap + terms.penalty_weight * penalty + terms.drift_weight * drift
@@ -272,60 +292,63 @@ class DistillationModule(UpdateModule):
             "train/wasserstein_gap": -gap,
             "train/gradient_penalty": penalty,
         }
-        return Verdict(
+        return CriticOutputs(
             {name: value.detach() for name, value in losses.items()},
             [score.detach() for score in scores_real],
             [score.detach() for score in scores_fake],
         )
 
-    def scores_and_penalty(self, r: Round, play: Play) -> tuple[list[Tensor], Float[Tensor, ""]]:
-        """Return the scores of the originals, and R without its weight γ."""
+    def scores_and_penalty(
+        self, m: MicroBatch, forward: ForwardPass
+    ) -> tuple[list[Tensor], Float[Tensor, ""]]:
+        """Return the scores of the originals, and the penalty R without its weight γ."""
         heads, kind = self.critic.heads, self.critic_terms.penalty
-        real = self.heads_inputs(play.real)
+        real = self.head_inputs(forward.real)
         if kind == "r1_head":
             with self.in_float32():
-                scores, penalty = self.scores_and_r1(heads, real, r.critic_t)
+                scores, penalty = self.scores_and_r1(heads, real, m.critic_t)
             return scores, 0.5 * penalty
-        scores = heads(real, r.critic_t)
+        scores = heads(real, m.critic_t)
         penalty = scores[0].new_zeros(())
         if kind == "wgan_gp_head":
             with self.in_float32():
-                mixing = cast(Tensor, r.penalty_draw)
-                penalty = wgan_gp_head_penalty(heads, real, play.fake, r.critic_t, mixing)
+                mixing = cast(Tensor, m.penalty_draw)
+                penalty = wgan_gp_head_penalty(heads, real, forward.fake, m.critic_t, mixing)
         if kind == "ar1":
-            xi = cast(Tensor, r.penalty_draw)
+            xi = cast(Tensor, m.penalty_draw)
             with torch.no_grad():
-                perturbed = self.look(r.x_0 + self.critic_terms.ar1_sigma * xi, r)
-            penalty = approximate_r1_penalty(
-                scores, heads(self.heads_inputs(perturbed), r.critic_t)
-            )
+                perturbed = self.critic_features(m.x_0 + self.critic_terms.ar1_sigma * xi, m)
+            penalty = approximate_r1_penalty(scores, heads(self.head_inputs(perturbed), m.critic_t))
         return scores, penalty
 
-    def heads_inputs(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Return features that the heads learn from, without a way back to the trunk."""
-        # On a CPU torch 2.13's channels_last GroupNorm crashes in a backward that does not reach
-        # its input.
-        asks = self.device.type == "cpu"
-        return [n.detach().float().requires_grad_(asks) for n in features]
+    def head_inputs(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return the features detached from the trunk, in float32."""
+        # On a CPU, torch 2.13 crashes in the backward of a channels_last GroupNorm whose input
+        # needs no gradient.
+        needs_grad = self.device.type == "cpu"
+        return [n.detach().float().requires_grad_(needs_grad) for n in features]
 
     def in_float32(self) -> torch.autocast:
-        """Return a context without autocast: double backward would call convolutions in bf16."""
+        """Return a context without autocast: it would run the double backward in bf16."""
         return torch.autocast(self.device.type, enabled=False)
 
     def student_turn(
-        self, rounds: Sequence[Round], plays: Sequence[Play] | None
+        self, micro_batches: Sequence[MicroBatch], passes: Sequence[ForwardPass] | None
     ) -> dict[str, Tensor]:
-        """Teach the student: each term's gradient at pred_x_0, balanced, one backward; step.
+        """Step the student down its terms, each balanced by the norm of its gradient at pred_x_0.
 
-        The very first turn only takes the terms' measure: its push is zero.
+        The first turn of a run only measures these norms: its gradient is zero.
+
+        Args:
+            passes: Forward passes with gradient, if the critic's turn had them; None to run anew.
         """
-        measures = []
-        for i, r in enumerate(rounds):
-            with self.no_sync_but_last("student", i, len(rounds)):
-                play = plays[i] if plays is not None else self.play(r, with_gradient=True)
-                losses, measure = self.recorder.play(
+        measures, share = [], 1 / len(micro_batches)
+        for i, m in enumerate(micro_batches):
+            with self.no_sync_but_last("student", i, len(micro_batches)):
+                forward = passes[i] if passes else self.forward_pass(m, with_gradient=True)
+                losses, measure = self.graphs.run(
                     "student",
-                    lambda r=r, play=play: self.student_gradient(r, play, share=1 / len(rounds)),
+                    lambda m=m, forward=forward: self.student_backward(m, forward, share=share),
                     trains=self.student,
                 )
             measures.append(measure)
@@ -333,65 +356,60 @@ class DistillationModule(UpdateModule):
         return {**terms, **self.balance.end_turn(measures),
                 "train/student_gradient_norm": self.step("student")}  # fmt: skip
 
-    def student_gradient(
-        self, r: Round, play: Play, *, share: float
+    def student_backward(
+        self, m: MicroBatch, forward: ForwardPass, *, share: float
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Add the balanced terms' gradient, times this micro-batch's share, to the student.
+        """Add the gradient of the balanced terms, times this micro-batch's share, to the student.
 
         Returns:
             The terms, and what the balance measured of them.
         """
-        losses = self.student_losses(r, play)
-        push, measure = self.balance.push(losses, play.pred_x_0)
-        play.pred_x_0.backward(push * share)
+        losses = self.student_losses(m, forward)
+        push, measure = self.balance.push(losses, forward.pred_x_0)
+        forward.pred_x_0.backward(push * share)
         return {name: loss.detach() for name, loss in losses.items()}, measure
 
-    def student_losses(self, r: Round, play: Play) -> dict[str, Tensor]:
+    def student_losses(self, m: MicroBatch, forward: ForwardPass) -> dict[str, Tensor]:
         """Return the terms whose weight is not 0, by name."""
         weights, losses = self.student_terms, {}
         if weights.adversarial:
-            losses["adversarial"] = student_loss(
-                self.judge(self.critic.heads, play.fake, r.critic_t)
-            )
+            scores = self.scores_of_frozen_heads(self.critic.heads, forward.fake, m.critic_t)
+            losses["adversarial"] = student_loss(scores)
         if weights.l1:
-            certainty = self.schedule.signal(r.t) / self.schedule.signal(r.t * 0 + LAST_TIMESTEP)
-            losses["l1"] = weighted_l1(play.pred_x_0, r.x_0, certainty)
+            certainty = self.schedule.signal(m.t) / self.schedule.signal(m.t * 0 + LAST_TIMESTEP)
+            losses["l1"] = weighted_l1(forward.pred_x_0, m.x_0, certainty)
         if weights.feature_matching:
-            losses["feature_matching"] = self.feature_matching_loss(play.fake, play.real)
+            losses["feature_matching"] = self.feature_matching_loss(forward.fake, forward.real)
         if weights.lowres_consistency:
             losses["lowres_consistency"] = lowres_consistency_loss(
-                play.pred_x_0, r.x_0, scale=self.scale
+                forward.pred_x_0, m.x_0, scale=self.scale
             )
         return losses
 
     # ---- bookkeeping -----------------------------------------------------------------------------
 
-    def compile_looking(self) -> None:
-        """Compile what looks at pictures: trunk, normalisation, heads and losses of features."""
+    def compile_critic(self) -> None:
+        """Compile the trunk, the feature normalisation, the heads and the feature losses."""
         if self.compile_networks in IN_PLACE:
             IN_PLACE[str(self.compile_networks)](self.critic.trunk)
         else:
             self.critic.encode = compile_function(self.critic.encode)
         self.critic.normalise = compile_function(self.critic.normalise)
-        self.judge, self.scores_and_r1 = compile_function(judge), compile_function(scores_and_r1)
+        self.scores_of_frozen_heads = compile_function(scores_of_frozen_heads)
+        self.scores_and_r1 = compile_function(scores_and_r1)
         self.feature_matching_loss = compile_function(feature_matching_loss)
 
     @property
     def is_student_turn(self) -> bool:
-        """Whether the student moves in this update: every n-th after the critic's warm-up."""
+        """Whether the student moves in this update: in every n-th after the critic's warm-up."""
         since_warmup = self.update - self.game.critic_warmup_updates
         every = self.game.critic_updates_per_student
         return since_warmup >= 0 and (since_warmup + 1) % every == 0
 
     @property
     def student_updates(self) -> int:
-        """How often the student has moved."""
+        """How many updates the student has had."""
         return self.network_updates["student"]
-
-    @property
-    def critic_updates(self) -> int:
-        """How often the critic has moved."""
-        return self.network_updates["critic"]
 
     def trainable_networks(self) -> dict[str, nn.Module]:
         """Return the players in the order of their turns."""
@@ -399,7 +417,7 @@ class DistillationModule(UpdateModule):
 
     @property
     def frozen_prefix(self) -> str:
-        """The teacher comes from its folder, not from checkpoints."""
+        """The trunk is the teacher's: it comes from the teacher's folder, not from checkpoints."""
         return "critic.trunk."
 
     def rehearsal_loss(self, name: str) -> Float[Tensor, ""]:
@@ -410,7 +428,7 @@ class DistillationModule(UpdateModule):
             return self.wrapped("student")(image, t, image).float().square().mean()
         with torch.no_grad():
             features = self.critic.features(image, t, image)
-        features = self.heads_inputs(features)
+        features = self.head_inputs(features)
         return torch.stack([s.mean() for s in self.wrapped("critic")(features, t)]).sum()
 
     def samplers(self) -> dict[str, Sampler]:

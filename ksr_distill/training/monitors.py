@@ -17,7 +17,7 @@ from ksr_distill.evaluation.metrics import (
     top_octave_power_ratio,
 )
 from ksr_distill.training.base import UpdateModule
-from ksr_distill.training.distillation import DistillationModule, Table
+from ksr_distill.training.distillation import DistillationModule, UpdateOutputs
 from ksr_distill.training.validation import save_previews
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,9 @@ def score_health(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Te
     return values
 
 
-def picture_health(table: Table, scale: int) -> dict[str, Tensor]:
+def picture_health(outputs: UpdateOutputs, scale: int) -> dict[str, Tensor]:
     """Return what a student's batch tells: colour, sharpness, patterns, range."""
-    image, hires = table.pred_x_0, table.x_0
+    image, hires = outputs.pred_x_0, outputs.x_0
     return {
         "health/lowres_consistency_psnr": lowres_consistency_psnr(image, hires, scale=scale).mean(),
         "health/top_octave_power_ratio": top_octave_power_ratio(image, hires).mean(),
@@ -86,11 +86,11 @@ class HealthMonitor(Callback):
             values[f"train/{name}_updates"] = float(pl_module.network_updates[name])
             values[f"train/{name}_learning_rate"] = pl_module.learning_rate(name)
             values[f"health/{name}_skipped_updates"] = pl_module.skipped_updates[i]
-        if isinstance(pl_module, DistillationModule) and pl_module.table is not None:
-            table = pl_module.table
-            values |= score_health(table.scores_real, table.scores_fake)
-            values |= picture_health(table, pl_module.scale)
-            values["health/timestep"] = float(table.timestep)
+        if isinstance(pl_module, DistillationModule) and pl_module.last_outputs is not None:
+            outputs = pl_module.last_outputs
+            values |= score_health(outputs.scores_real, outputs.scores_fake)
+            values |= picture_health(outputs, pl_module.scale)
+            values["health/timestep"] = float(outputs.timestep)
         pl_module.log_values(values)
 
 

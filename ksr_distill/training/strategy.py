@@ -109,10 +109,10 @@ class PerNetworkDDP(DDPStrategy):
 def average_gradients(network: nn.Module) -> None:
     """Replace a network's gradients by their means over the ranks, all in one message.
 
-    A network whose backward is a recording sends them after it, not while it goes on. One message
+    Where the backward is a CUDA graph, they are sent after it, not during it. One message
     for the 1.7 GB of the full size takes 5 ms between two H200 by NVLink and two passes over them;
-    a message for each large gradient took 4 ms more, and messages inside the recording gained
-    nothing (benchmarks/README.md).
+    a message for each large gradient took 4 ms more, and messages inside the graph gained nothing
+    (benchmarks/README.md).
     """
     gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
     flat = [gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients]

@@ -29,8 +29,8 @@ uniform, one draw in fifteen.
 
 
 @dataclass
-class Round:
-    """One micro-batch: the originals, and what the teacher is given."""
+class MicroBatch:
+    """The originals of one micro-batch, and what the teacher is given."""
 
     x_0: Float[Tensor, "b 3 H W"]
     lowres: Float[Tensor, "b 3 H W"]  # enlarged
@@ -79,31 +79,32 @@ class TeacherModule(UpdateModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002 - Lightning's
         """Make one update: noise the originals, estimate them, and step."""
-        rounds = [self.deal(*micro_batch) for micro_batch in self.micro_batches(batch)]
-        self.recorder.begin("update")
-        for i, dealt in enumerate(rounds):
-            r = self.recorder.hold(dealt)
-            with self.no_sync_but_last("teacher", i, len(rounds)):
-                loss = self.recorder.play(
+        micro_batches = [self.prepare(*part) for part in self.micro_batches(batch)]
+        share = 1 / len(micro_batches)
+        self.graphs.begin("update")
+        for i, prepared in enumerate(micro_batches):
+            m = self.graphs.static(prepared)
+            with self.no_sync_but_last("teacher", i, len(micro_batches)):
+                loss = self.graphs.run(
                     "teacher",
-                    lambda r=r: self.teacher_gradient(r, share=1 / len(rounds)),
+                    lambda m=m: self.teacher_backward(m, share=share),
                     trains=self.teacher,
                 )
         gradient_norm = self.step("teacher")
         self.end_update({"train/loss": loss, "train/gradient_norm": gradient_norm})
 
-    def deal(self, batch: Batch, generator: torch.Generator) -> Round:
+    def prepare(self, batch: Batch, generator: torch.Generator) -> MicroBatch:
         """Noise the originals, each to a timestep of its own."""
-        x_0, lowres = batch[0], enlarge(batch[1], batch[0])  # compiled alike for every scale
+        x_0, lowres = batch[0], enlarge(batch[1], batch[0])  # one input size for every scale
         t = self.draw_t(x_0, generator)
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
-        return Round(x_0, lowres, self.schedule.add_noise(x_0, eps, t), t)
+        return MicroBatch(x_0, lowres, self.schedule.add_noise(x_0, eps, t), t)
 
-    def teacher_gradient(self, r: Round, *, share: float) -> Float[Tensor, ""]:
+    def teacher_backward(self, m: MicroBatch, *, share: float) -> Float[Tensor, ""]:
         """Add the loss's gradient, times this micro-batch's share; return pred_x_0's distance."""
-        pred_x_0 = self.wrapped("teacher")(r.x_t, r.t, r.lowres)
+        pred_x_0 = self.wrapped("teacher")(m.x_t, m.t, m.lowres)
         distance = F.mse_loss if self.distance == "l2" else F.l1_loss
-        loss = distance(pred_x_0.float(), r.x_0)
+        loss = distance(pred_x_0.float(), m.x_0)
         self.manual_backward(loss * share)
         return loss.detach()
 

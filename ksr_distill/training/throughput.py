@@ -84,14 +84,14 @@ class Throughput(Callback):
     def _begin_counting(self, pl_module: pl.LightningModule) -> None:
         module: Any = pl_module
         ways = ("compile_networks", "cuda_graphs")
-        is_as_written = not any(getattr(module, way, False) for way in ways)
-        if not is_as_written and not _eager_update_fits(pl_module.device):
+        is_eager = not any(getattr(module, way, False) for way in ways)
+        if not is_eager and not _eager_update_fits(pl_module.device):
             self.count_flops = False
             return
         self._counter = ArithmeticCounter()
         self._counting = ExitStack()
-        if hasattr(module, "as_written"):  # kernels of compiled code are invisible to the counter
-            self._counting.enter_context(module.as_written())
+        if hasattr(module, "eager"):  # kernels of compiled code are invisible to the counter
+            self._counting.enter_context(module.eager())
         self._counting.enter_context(self._counter)
 
     def _end_counting(self) -> None:

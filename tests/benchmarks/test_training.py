@@ -79,7 +79,7 @@ def test_an_update_is_made_of_its_turns(tmp_path):
             turn(module, batch)
         flops[name] = counter.get_total_flops()
     with ArithmeticCounter() as counter, torch.no_grad():
-        module.play(module.deal(batch)[0], with_gradient=False)
+        module.forward_pass(module.prepare(batch)[0], with_gradient=False)
     # The update shares the student's and the trunk's forward passes between the turns.
     assert (
         flops["update"] == flops["student turn"] + flops["critic turn"] - counter.get_total_flops()

@@ -17,11 +17,15 @@ def moved(before, after, prefix):
     return any(not torch.equal(before[k], after[k]) for k in before if k.startswith(prefix))
 
 
+def forward_passes(module, micro_batches):
+    return [module.forward_pass(m, with_gradient=False) for m in micro_batches]
+
+
 def test_critics_turn_moves_the_heads_and_nothing_else(make_module):
     module = make_module()
-    rounds = module.deal(batch())
+    micro_batches = module.prepare(batch())
     before = weights(module)
-    module.critic_turn(rounds, [module.play(r, with_gradient=False) for r in rounds])
+    module.critic_turn(micro_batches, forward_passes(module, micro_batches))
     after = weights(module)
     assert moved(before, after, "critic.heads.")
     assert not moved(before, after, "student.")
@@ -32,9 +36,9 @@ def test_critics_turn_moves_the_heads_and_nothing_else(make_module):
 def test_students_turn_moves_student_and_average_and_nothing_else(make_module):
     module = make_module()
     module.training_step(batch(), 0)  # takes the terms' measure
-    rounds = module.deal(batch())
+    micro_batches = module.prepare(batch())
     before = weights(module)
-    module.student_turn(rounds, None)
+    module.student_turn(micro_batches, None)
     after = weights(module)
     assert moved(before, after, "student.")
     assert moved(before, after, "student_ema.")
@@ -45,7 +49,7 @@ def test_students_turn_moves_student_and_average_and_nothing_else(make_module):
 
 def test_students_gradient_never_reaches_the_heads(make_module):
     module = make_module()
-    module.student_turn(module.deal(batch()), None)
+    module.student_turn(module.prepare(batch()), None)
     assert all(p.grad is None for p in module.critic.heads.parameters())
 
 
@@ -57,7 +61,7 @@ def test_student_waits_for_the_critics_warmup_and_its_share_of_turns(make_module
         module.training_step(batch(update), update)
         turns.append(module.student_updates - before)
     assert turns == [0, 0, 0, 0, 1, 0, 0, 1]
-    assert module.critic_updates == 8
+    assert module.network_updates["critic"] == 8
 
 
 def test_first_student_turn_only_takes_the_measure(make_module):
@@ -73,9 +77,9 @@ def test_sharing_the_graph_between_the_turns_changes_no_weight(make_module):
     shared, apart = make_module(), make_module()
     for update in range(3):
         shared.training_step(batch(update), update)
-        rounds = apart.deal(batch(update))
-        values = apart.critic_turn(rounds, [apart.play(r, with_gradient=False) for r in rounds])
-        apart.end_update(values | apart.student_turn(rounds, None))
+        micro_batches = apart.prepare(batch(update))
+        values = apart.critic_turn(micro_batches, forward_passes(apart, micro_batches))
+        apart.end_update(values | apart.student_turn(micro_batches, None))
     ours, theirs = shared.state_dict(), apart.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -85,12 +89,12 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(make_module, monkeyp
     parts.micro_batches_per_update = 2
     gradients = {}
     for update in range(3):
-        # The same draws for both: the parts' rounds, side by side.
-        rounds = parts.deal(batch(update))
-        for module, dealt in ((whole, [join(rounds)]), (parts, rounds)):
+        # The same draws for both: those of the parts, side by side.
+        micro_batches = parts.prepare(batch(update))
+        for module, given in ((whole, [join(micro_batches)]), (parts, micro_batches)):
             steps = gradients_at_steps(module, monkeypatch)
-            plays = [module.play(r, with_gradient=False) for r in dealt]
-            module.end_update(module.critic_turn(dealt, plays) | module.student_turn(dealt, None))
+            values = module.critic_turn(given, forward_passes(module, given))
+            module.end_update(values | module.student_turn(given, None))
             gradients[module] = steps
         for name in ("critic", "student"):
             ours, theirs = gradients[whole][name], gradients[parts][name]
@@ -112,10 +116,10 @@ def gradients_at_steps(module, monkeypatch):
     return seen
 
 
-def join(rounds):
-    first = rounds[0]
+def join(micro_batches):
+    first = micro_batches[0]
     tensors = {
-        name: torch.cat([getattr(r, name) for r in rounds])
+        name: torch.cat([getattr(m, name) for m in micro_batches])
         for name in ("x_0", "lowres", "x_t", "t", "critic_eps", "critic_t")
     }
     return type(first)(**tensors, timestep=first.timestep, penalty_draw=None)
@@ -127,12 +131,12 @@ def test_draws_are_functions_of_seed_and_update_alone(make_module):
         first.training_step(batch(update), update)
     torch.rand(7)  # whatever the global generator did in between
     second.update, second.network_updates = 3, dict(first.network_updates)
-    a, b = first.deal(batch(9))[0], second.deal(batch(9))[0]
+    a, b = first.prepare(batch(9))[0], second.prepare(batch(9))[0]
     assert a.timestep == b.timestep
     assert torch.equal(a.critic_eps, b.critic_eps)
     assert torch.equal(a.critic_t, b.critic_t)
     second.update = 4
-    assert not torch.equal(a.critic_eps, second.deal(batch(9))[0].critic_eps)
+    assert not torch.equal(a.critic_eps, second.prepare(batch(9))[0].critic_eps)
 
 
 def test_first_timestep_is_pure_noise_and_later_ones_keep_the_picture(make_module):
@@ -140,9 +144,9 @@ def test_first_timestep_is_pure_noise_and_later_ones_keep_the_picture(make_modul
     seen = {}
     for update in range(40):
         module.update = update
-        (r,) = module.deal(batch())
-        flat = torch.stack([r.x_t.flatten(), r.x_0.flatten()])
-        seen[r.timestep] = torch.corrcoef(flat)[0, 1].item()
+        (m,) = module.prepare(batch())
+        flat = torch.stack([m.x_t.flatten(), m.x_0.flatten()])
+        seen[m.timestep] = torch.corrcoef(flat)[0, 1].item()
     assert set(seen) == {979, 729, 479, 229}
     assert abs(seen[979]) < 0.1
     assert seen[229] > 0.4
@@ -152,7 +156,7 @@ def test_backward_simulation_starts_from_the_students_own_estimate(make_module):
     module = make_module()
     micro_batch = next(module.micro_batches(batch()))[0]
     real, own = (
-        module.deal_round(
+        module.prepare_micro_batch(
             micro_batch, torch.Generator().manual_seed(5), index=3, simulates=simulates
         )
         for simulates in (False, True)
@@ -165,18 +169,18 @@ def test_early_updates_draw_the_later_timesteps_only(make_module):
     module = make_module(game=game(late_timesteps_updates=1000))
     drawn = set()
     for module.update in range(30):
-        drawn.add(module.deal(batch())[0].timestep)
+        drawn.add(module.prepare(batch())[0].timestep)
     assert drawn == {479, 229}
 
 
 def test_critic_looks_at_real_and_fake_with_the_same_noise(make_module):
     module = make_module()
-    (r,) = module.deal(batch())
-    same = module.look(r.x_0, r)
-    again = module.look(r.x_0.clone(), r)
+    (m,) = module.prepare(batch())
+    same = module.critic_features(m.x_0, m)
+    again = module.critic_features(m.x_0.clone(), m)
     assert all(torch.equal(a, b) for a, b in zip(same, again, strict=True))
-    assert r.critic_t.min() >= 11
-    assert r.critic_t.max() <= 456
+    assert m.critic_t.min() >= 11
+    assert m.critic_t.max() <= 456
 
 
 @pytest.mark.parametrize("penalty", ["r1_head", "wgan_gp_head", "ar1", "none"])

@@ -1,4 +1,4 @@
-"""What only a GPU can show: no update waits for it; recorded ones learn what played ones do."""
+"""What only a GPU can show: no update waits for it; graphs learn what eager updates do."""
 
 from contextlib import contextmanager
 
@@ -57,24 +57,24 @@ GAMES = [
 
 
 @pytest.mark.parametrize(("penalty", "changes"), GAMES)
-def test_recorded_updates_learn_what_played_ones_do(make_module, penalty, changes):
+def test_replayed_updates_learn_what_eager_ones_do(make_module, penalty, changes):
     terms = CriticTerms(penalty=penalty, penalty_weight=0.1, ar1_sigma=0.01, drift_weight=1e-3)
-    start, played, recorded = (
+    start, eager, replayed = (
         make_module(
             critic_terms=terms, game=game(**changes), cuda_graphs=graphs,
             student_optim=adamw(learning_rate=1e-4), critic_optim=adamw(learning_rate=1e-4),
         ).cuda()
         for graphs in (False, False, True)
     )  # fmt: skip
-    recorded.make_recorder()
+    replayed.make_graph_runner()
     for update in range(24):
-        for module in (played, recorded):
+        for module in (eager, replayed):
             module.training_step(on_gpu(batch(update)), update)
-    names = {name for s in recorded.recorder.sequences.values() for name in s.pieces}
-    assert names == {"estimate", "play", "critic", "student"}
-    assert recorded.table.timestep == played.table.timestep
+    names = {name for s in replayed.graphs.sequences.values() for name in s.pieces}
+    assert names == {"roll-out", "forward", "critic", "student"}
+    assert replayed.last_outputs.timestep == eager.last_outputs.timestep
     for part in ("student.", "student_ema.", "critic.heads."):
-        apart, moved = (distance(played, other, part) for other in (recorded, start))
+        apart, moved = (distance(eager, other, part) for other in (replayed, start))
         assert apart < 0.02 * moved, f"{part} {apart / moved:.2g} of the way apart"
 
 
@@ -84,9 +84,9 @@ def distance(one, other, part):
     return float(torch.stack(squares).sum().sqrt())
 
 
-def test_a_recorded_update_never_waits_for_the_device(make_module):
+def test_a_replayed_update_never_waits_for_the_device(make_module):
     module = make_module(cuda_graphs=True).cuda()
-    module.make_recorder()
+    module.make_graph_runner()
     batches = [on_gpu(batch(seed)) for seed in range(24)]
     for pair in batches[:20]:
         module.training_step(pair, 0)
