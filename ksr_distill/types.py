@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """A pair of images. A NamedTuple because Lightning moves it to a device as it is.
+    """A pair of images. A NamedTuple, because Lightning can move one between devices.
 
     Attributes:
         hires: The original.
@@ -48,16 +48,16 @@ class NoiseSource(Protocol):
     """
 
     def __call__(self, draw: int) -> Float[Tensor, "b c H W"]:
-        """Return the noise of draw 0, 1, 2, …; the same index gives the same noise."""
+        """Return the noise of a draw; a sampler asks for draws 0, 1, 2, … once each, in order."""
         ...
 
 
 @runtime_checkable
 class StepObserver(Protocol):
-    """Who is shown every step of a sampler, and may change what the next one starts from."""
+    """A callback that sees the estimate of every sampling step, and may replace it."""
 
     def __call__(
         self, step: int, timestep: int, pred_x_0: Float[Tensor, "b 3 H W"], /
     ) -> Float[Tensor, "b 3 H W"] | None:
-        """Return what replaces pred_x_0, or nothing; steps are counted from 0."""
+        """Return a replacement for pred_x_0, or None to keep it; steps are counted from 0."""
         ...

@@ -4,6 +4,7 @@ from ksr_distill.diffusion.few_step import (
     FIRST_STUDENT_TIMESTEP,
     are_falling_timesteps,
     noise_from,
+    normal_noise,
     sample_few_steps,
     student_timesteps,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "NoiseSchedule",
     "are_falling_timesteps",
     "noise_from",
+    "normal_noise",
     "sample_few_steps",
     "sample_teacher",
     "sample_teacher_ddim",

@@ -1,7 +1,7 @@
 """The one few-step sampling loop: training's roll-outs, previews, evaluation and the pipeline."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 
 import torch
 from jaxtyping import Float
@@ -16,9 +16,8 @@ FIRST_STUDENT_TIMESTEP = 979
 NOISIEST_TIMESTEP = 999
 """The last of the 1000 that the models are trained with."""
 
-
 MOST_STUDENT_STEPS = 49
-"""With more the last one would be below 0."""
+"""With more, the last timestep would be below 0."""
 
 
 def student_timesteps(num_inference_steps: int) -> tuple[int, ...]:
@@ -43,17 +42,34 @@ def are_falling_timesteps(timesteps: object) -> bool:
     )
 
 
+def normal_noise(
+    generator: torch.Generator, shape: Sequence[int], *, device: torch.device | str
+) -> Float[Tensor, "b c H W"]:
+    """Return N(0, 1) noise, drawn on the generator's device and moved to the one given.
+
+    The shape is explicit because ``randn_like`` follows the memory format: the same seed would give
+    different noise under channels_last.
+    """
+    return torch.randn(tuple(shape), generator=generator, device=generator.device).to(device)
+
+
 def noise_from(
     generator: torch.Generator, shape: Sequence[int], *, device: torch.device | str
 ) -> NoiseSource:
-    """Return a source that draws from the generator in the order in which it is asked.
+    """Return a generator's draws as the noise of one sampling run.
 
-    Shapes are explicit because ``randn_like`` follows the memory format: the same seed would give
-    other noise under channels_last.
+    A generator cannot go back, so draws 0, 1, 2, … are given once each and in this order.
     """
+    next_draw = count()
 
-    def draw_noise(draw: int) -> Tensor:  # noqa: ARG001 - the generator's own order decides
-        return torch.randn(tuple(shape), generator=generator, device=generator.device).to(device)
+    def draw_noise(draw: int) -> Tensor:
+        expected = next(next_draw)
+        if draw != expected:
+            raise ValueError(
+                f"draw {draw} was asked of a generator whose next one is {expected}; ask in order, "
+                "or make a new source with noise_from"
+            )
+        return normal_noise(generator, shape, device=device)
 
     return draw_noise
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ksr_distill.diffusion import NoiseSchedule, noise_from, sample_few_steps
+from ksr_distill.diffusion import NoiseSchedule, noise_from, normal_noise, sample_few_steps
 from ksr_distill.losses import (
     approximate_r1_penalty,
     critic_loss,
@@ -197,17 +197,22 @@ class DistillationModule(UpdateModule):
             simulates: Whether x_t comes from a roll-out of the student (backward simulation).
         """
         x_0, lowres = batch[0], enlarge(batch[1], batch[0])  # here once, not in each network
-        draw_noise = noise_from(generator, x_0.shape, device=x_0.device)
         *earlier, timestep = self.timesteps[: index + 1]
         t = torch.full(x_0.shape[:1], timestep, device=x_0.device)
         start = x_0
         if simulates and earlier:
-            start = sample_few_steps(self.roll_out_step, lowres, timesteps=earlier,
-                                     schedule=self.schedule, draw_noise=draw_noise)  # fmt: skip
-        eps = draw_noise(0)
+            start = sample_few_steps(
+                self.roll_out_step,
+                lowres,
+                timesteps=earlier,
+                schedule=self.schedule,
+                draw_noise=noise_from(generator, x_0.shape, device=x_0.device),
+            )
+        eps = normal_noise(generator, x_0.shape, device=x_0.device)
         x_t = self.schedule.add_noise(start, eps, t) if earlier else eps
         critic_t = self.draw_critic_t(x_0, generator)
-        critic_eps, penalty_draw = draw_noise(0), self.draw_for_penalty(x_0, generator)
+        critic_eps = normal_noise(generator, x_0.shape, device=x_0.device)
+        penalty_draw = self.draw_for_penalty(x_0, generator)
         return MicroBatch(x_0, lowres, x_t, t, timestep, critic_eps, critic_t, penalty_draw)
 
     def roll_out_step(self, x_t: Tensor, t: Tensor, lowres: Tensor) -> Float[Tensor, "b 3 H W"]:
@@ -231,7 +236,7 @@ class DistillationModule(UpdateModule):
     def draw_for_penalty(self, x_0: Tensor, generator: torch.Generator) -> Tensor | None:
         """Draw what the critic's penalty needs, if anything."""
         if self.critic_terms.penalty == "ar1":
-            return noise_from(generator, x_0.shape, device=x_0.device)(0)
+            return normal_noise(generator, x_0.shape, device=x_0.device)
         if self.critic_terms.penalty == "wgan_gp_head":
             shape = (x_0.shape[0], 1, 1, 1)
             return torch.rand(shape, generator=generator, device=x_0.device)

@@ -92,6 +92,13 @@ def test_ddim_equals_diffusers_on_the_same_timesteps(unet):
     assert (ours - x_t).abs().max() < 1e-4
 
 
+def test_a_generators_noise_is_given_once_and_in_order():
+    draw_noise = noise_from(torch.Generator().manual_seed(0), (1, 3, 4, 4), device="cpu")
+    assert not torch.equal(draw_noise(0), draw_noise(1))
+    with pytest.raises(ValueError, match="draw 0 was asked of a generator whose next one is 2"):
+        draw_noise(0)
+
+
 def test_on_step_is_told_every_step_in_order(unet):
     seen = []
     generator = torch.Generator().manual_seed(0)
