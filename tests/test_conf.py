@@ -88,6 +88,32 @@ def test_an_experiment_is_a_short_delta(experiment):
     assert len(lines) <= 50
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_repeats_no_value_that_it_inherits(experiment):
+    own = OmegaConf.to_container(OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml"))
+    overrides = []
+    for entry in own.pop("defaults", []):
+        if isinstance(entry, dict):
+            overrides += [
+                f"{key.removeprefix('override /')}={value}" for key, value in entry.items()
+            ]
+        elif entry != "_self_":
+            overrides.append(f"+experiment={entry}")
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        inherited = leaves(OmegaConf.to_container(compose("train", overrides)))
+    repeated = [key for key, value in leaves(own).items() if inherited.get(key) == value]
+    assert repeated == []
+
+
+def leaves(tree, prefix=""):
+    """Values of nested dicts by dotted key."""
+    found = {}
+    for key, value in tree.items():
+        is_node = isinstance(value, dict)
+        found |= leaves(value, f"{prefix}{key}.") if is_node else {f"{prefix}{key}": value}
+    return found
+
+
 @pytest.mark.parametrize(
     ("group", "option"),
     [
