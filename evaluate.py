@@ -22,7 +22,7 @@ CONF = Path(__file__).resolve().parent / "conf"
 
 
 def load_recipe(name: str, scale: int) -> Degradation:
-    """Return the recipe of conf/degradation at a scale."""
+    """Return the degradation that conf/degradation/NAME.yaml describes, at a scale."""
     path = CONF / "degradation" / f"{name}.yaml"
     if not path.is_file():
         allowed = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
@@ -35,7 +35,7 @@ def load_recipe(name: str, scale: int) -> Degradation:
 
 @hydra.main(config_path="conf/evaluation", config_name="evaluate", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    """Compose the config; show a user's mistake in one line."""
+    """Evaluate with the composed config; end with one line on a user's mistake."""
     config: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
 
     def to_folder(path: Path) -> Path:

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# "The time limit is near" ends a process that does not listen yet: held until PreemptionGuard does.
+# Slurm's time-limit warning would end a process that has no handler yet: hold these signals back
+# until PreemptionGuard listens.
 if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
-os.environ.setdefault("WDS_SECURE", "1")  # before webdataset: no pipe: URLs, no pickles
+os.environ.setdefault("WDS_SECURE", "1")  # for webdataset: no pipe: URLs, no pickles
 
 import hydra
 import torch
@@ -48,7 +49,7 @@ CONF = Path(__file__).resolve().parent / "conf"
 
 
 def train(config: dict[str, Any], *, is_sweep: bool) -> None:
-    """Check, build, and fit from the last good checkpoint on."""
+    """Check the config, build the run, and train from the last good checkpoint on."""
     silence_hints()
     check_train_config(config)
     check_tasks_of_slurm(config["trainer"], os.environ)
@@ -65,7 +66,7 @@ def train(config: dict[str, Any], *, is_sweep: bool) -> None:
     module = build(record={"config": config})
     try:
         make_trainer(config).fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
-    except SystemExit:  # told to go, all ranks together
+    except SystemExit:  # raised on all ranks by PreemptionGuard, after the save
         leave_groups()
         raise
     except RuntimeError as error:
@@ -75,8 +76,8 @@ def train(config: dict[str, Any], *, is_sweep: bool) -> None:
 
 
 def make_trainer(config: dict[str, Any]) -> Trainer:
-    """Return the Trainer: with one wrapper per network where several processes share the work."""
-    settings = {"enable_model_summary": False, **config["trainer"]}  # RunRecord says how large
+    """Return the Trainer; with several processes, each network has its own DDP or FSDP wrapper."""
+    settings = {"enable_model_summary": False, **config["trainer"]}  # RunRecord logs the sizes
     if config["data"]["val_shards"] is None:
         settings["limit_val_batches"] = 0
     if num_processes(settings) > 1:
@@ -93,13 +94,13 @@ def make_trainer(config: dict[str, Any]) -> Trainer:
 
 @hydra.main(config_path="conf", config_name="train", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    """Compose the config; show a user's mistake in one line."""
+    """Train with the composed config; end with one line on a user's mistake."""
     is_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         check_leaves(cfg)
         train(OmegaConf.to_container(cfg, resolve=True), is_sweep=is_sweep)  # type: ignore[arg-type]
     except Exception as error:
-        # Hydra notes a sweep's failed run for its table, and goes on to the next.
+        # In a sweep Hydra records the failure and goes on with the next run.
         is_noted = is_sweep or HydraConfig.get().callbacks
         told = message_for_user(error, USER_ERRORS)
         if is_noted or told is None:
@@ -108,7 +109,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # else its own errors end in its traceback
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # or Hydra prints its errors and exits
     try:
         check_overrides("train", sys.argv[1:], CONF)
         main()

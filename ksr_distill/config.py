@@ -1,4 +1,4 @@
-"""What no single group can know: checks across groups, before a model is built or a GPU touched."""
+"""Checks of the composed config that no group can make alone, before any model is built."""
 
 import difflib
 import math
@@ -16,26 +16,26 @@ ALLOWED_TARGETS = ("ksr_distill.", "lightning.pytorch.")
 """Nothing else is instantiated from a config: a `_target_` such as torch.load runs code."""
 
 EXTENSIBLE = ("experiment", "sweep", "launcher", "trainer", "callbacks", "logger", "hydra")
-"""Where a plus on the command line may add something."""
+"""Keys that a plus on the command line may add to."""
 
 STRATEGIES = ("auto", "fsdp")
 
 PRECISIONS = ("bf16-mixed", "bf16", "32-true", "32", 32)
-"""In float16 gradients come scaled, and would be clipped so; weights stay in float32 throughout."""
+"""Not float16: its scaled gradients would be clipped at their scaled norm. Weights stay float32."""
 
 SHORTENING = ("max_steps", "min_steps", "max_time", "limit_train_batches", "overfit_batches",
               "fast_dev_run")  # fmt: skip
-"""Of Lightning's Trainer: a run ended by them looks like one that has finished."""
+"""Trainer options that end a run early; it would then look like a finished one."""
 
 FOLLOWED_BY_A_WORD = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-name", "-cn",
                       "--config-path", "-cp", "--config-dir", "-cd")  # fmt: skip
-"""Hydra's own options; what comes behind one is no override."""
+"""Hydra's own options that take a value: the next word is no override."""
 
 MIN_CROP_PX = 32
-"""A tile of `evaluation.metrics.spectral_prominence`."""
+"""Side of a tile of `evaluation.metrics.spectral_prominence`."""
 
 MIN_VAL_CROP_PX = 56
-"""7 px patches on the fourth level of a pyramid: 7 · 2³."""
+"""The sliced Wasserstein distance has 7 px patches on the fourth pyramid level: 7 · 2³."""
 
 
 def check_train_config(config: Mapping[str, Any]) -> None:
@@ -86,13 +86,13 @@ def check_train_config(config: Mapping[str, Any]) -> None:
 
 
 def check_game(config: Mapping[str, Any]) -> None:
-    """Refuse a distillation by a loss that has no game: an experiment may have set parts of one."""
+    """Refuse a distillation with a teacher's loss, of which an experiment may have set parts."""
     if "game" not in config["module"]:
         return
     for part in ("game", "critic", "student"):
         if "_target_" not in (config["loss"].get(part) or {}):
             raise ValueError(
-                f"loss.{part} is none of a game: the chosen loss is for a teacher's training; use "
+                f"loss.{part} is not set by the chosen loss, which trains a teacher; use "
                 "loss=sr_default or loss=kandinsky31"
             )
 
@@ -107,7 +107,7 @@ def check_cuda_graphs(config: Mapping[str, Any]) -> None:
 
 
 def check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Refuse what Lightning's Trainer takes and this training cannot be run with."""
+    """Refuse settings of Lightning's Trainer that this training does not support."""
     if trainer.get("precision") not in PRECISIONS:
         raise ValueError(
             f"trainer.precision={trainer.get('precision')!r} is not allowed: networks are trained "
@@ -128,19 +128,19 @@ def check_trainer(trainer: Mapping[str, Any]) -> None:
 
 
 def check_run_folder(config: Mapping[str, Any]) -> None:
-    """Refuse a run that has no folder of its own, or leaves nothing there to go on from."""
+    """Refuse a run without a folder of its own, or without checkpoints in it."""
     for key in ("name", "run_dir"):
         if not str(config[key]).strip("/. "):
             raise ValueError(f"{key}={config[key]!r} is no folder of its own; give the run one")
     if not config["callbacks"].get("checkpoint"):
         raise ValueError(
-            "callbacks.checkpoint is taken out: nothing of the run would be kept; leave it in, and "
+            "callbacks.checkpoint is removed: nothing of the run would be kept; keep it, and "
             "raise callbacks.checkpoint.every_updates to save rarely"
         )
 
 
 def check_strategy(config: Mapping[str, Any], *, world_size: int) -> None:
-    """Refuse a way of sharing the work that the two players cannot be trained with.
+    """Refuse a strategy that cannot train student and critic as two networks.
 
     Raises:
         ValueError: One line: key, value, what is allowed, what to do.
@@ -163,13 +163,13 @@ def check_strategy(config: Mapping[str, Any], *, world_size: int) -> None:
     for key in ("compile_networks", "cuda_graphs"):
         if strategy == "fsdp" and config[key]:
             raise ValueError(
-                f"{key}={config[key]} with trainer.strategy=fsdp: weights that come and go cannot "
-                f"be compiled over or captured; use {key}=false"
+                f"{key}={config[key]} with trainer.strategy=fsdp: sharded weights, gathered anew "
+                f"each time, can be neither compiled nor captured; use {key}=false"
             )
 
 
 def model_stride(config: Mapping[str, Any]) -> int:
-    """Return the stride of the network that will be trained: a student's is its teacher's."""
+    """Return the stride of the network to be trained; a student has its teacher's."""
     if "model" in config["module"]:
         return 2 ** (len(config["model"]["channel_multipliers"]) - 1)
     if config["teacher"] is None:
@@ -189,7 +189,7 @@ def model_stride(config: Mapping[str, Any]) -> int:
 
 
 def check_teacher(index_file: Path, *, scale: int) -> None:
-    """Refuse to distil a student, or a teacher of another scale; a bare U-Net says neither."""
+    """Refuse to distil a student or a teacher of another scale; a bare U-Net names neither."""
     if not index_file.is_file():
         return
     index = read_object(index_file)
@@ -258,7 +258,7 @@ def check_whole_number(
 
 
 def num_processes(trainer: Mapping[str, Any]) -> int:
-    """Return how many processes will train, as far as it is known before they meet."""
+    """Return how many processes will train, as far as this one can tell on its own."""
     for variable in ("WORLD_SIZE", "SLURM_NTASKS"):
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
@@ -272,7 +272,7 @@ def num_processes(trainer: Mapping[str, Any]) -> int:
 
 
 def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) -> None:
-    """Compose once, only to say in one line what Hydra says in six; sweeps are left to Hydra.
+    """Compose the config once to report mistakes in one line; sweep values are left to Hydra.
 
     Args:
         arguments: Of the command line.
@@ -337,7 +337,7 @@ def explain(error: BaseException, known: Mapping[str, Any]) -> str:
     for parent in parents:
         node = node[parent]
     names = [str(name) for name in node]
-    if key in names:  # it is there, but as another key's
+    if key in names:  # it exists, but as an interpolation of another group's value
         return f"{missing[1]} is the value of another group; change it there (conf/{parents[0]})"
     close = difflib.get_close_matches(key, names, n=1)
     remedy = f"did you mean {'.'.join([*parents, close[0]])}?" if close else f"use one of {names}"
@@ -352,12 +352,12 @@ def one_line(error: BaseException) -> str:
 def message_for_user(error: BaseException, kinds: tuple[type[Exception], ...]) -> str | None:
     """Return the message meant for a user, without line breaks; None if there is none.
 
-    That is the outermost of these kinds in the chain of causes: it says what to do, and was raised
-    from what had happened. What Hydra wraps around it is not one of them.
+    That is the outermost error of these kinds in the chain of causes: the one that says what to do.
+    Hydra's wrappers around it are of other kinds.
     """
     cause: BaseException | None = error
     while cause is not None:
-        is_named = not str(cause).startswith("Unable to configure handler")  # no file in its words
+        is_named = not str(cause).startswith("Unable to configure handler")  # it names no file
         if isinstance(cause, kinds) and is_named:
             return one_line(cause)
         cause = cause.__cause__

@@ -1,4 +1,4 @@
-"""Counting the operations of an update."""
+"""Counts the floating-point operations of an update."""
 
 from typing import Any
 
@@ -6,10 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class ArithmeticCounter(FlopCounterMode):
-    """Counts convolutions and matrix products, whoever asks for them.
+    """Counts convolutions and matrix products, without PyTorch's breakdown by module.
 
-    PyTorch's counter sorts them by module, by hooks that fail within ``torch.func`` ("A leaf node
-    was passed"), where R1 takes its slopes. The sum needs no modules.
+    Its hooks fail inside ``torch.func``, which R1 uses ("A leaf node was passed").
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How the student's terms are weighed against each other: by their push on the picture."""
+"""Weighs the student's loss terms against each other by their gradients at pred_x_0."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 NORM_MEMORY = 0.99
-"""How much of a term's running mean square survives an update; judgement, not tuned."""
+"""Decay of each term's running mean square, per student update; a judgement, not tuned."""
 
 
 class GradientBalance(nn.Module):
@@ -21,8 +21,8 @@ class GradientBalance(nn.Module):
     Args:
         weights: By term; those of weight 0 are left out.
         enabled: If off, the terms are simply weighted.
-        floor: A norm counts for no less than this share of its largest so far: what is left of a
-            term that has done its work is not blown up to full strength.
+        floor: Smallest norm to divide by, as a share of the largest so far, so that a gradient
+            that has nearly vanished is not scaled up to full strength.
     """
 
     mean_squares: Tensor
@@ -41,9 +41,9 @@ class GradientBalance(nn.Module):
     def push(
         self, losses: Mapping[str, Tensor], pred_x_0: Float[Tensor, "b 3 H W"]
     ) -> tuple[Float[Tensor, "b 3 H W"], Float[Tensor, " terms"]]:
-        """Return the weighted sum of the terms' gradients at pred_x_0, and their measure.
+        """Return the weighted sum of the terms' gradients at pred_x_0, and each one's square norm.
 
-        The sum is zero in the first turn, which only measures.
+        The sum is zero in the first turn, which has no earlier norms to divide by.
 
         Args:
             losses: Means over the micro-batch, by term; their graphs are kept.
@@ -57,16 +57,16 @@ class GradientBalance(nn.Module):
         return total, torch.stack(measured)
 
     def end_turn(self, measures: Sequence[Float[Tensor, " terms"]]) -> dict[str, Tensor]:
-        """Fold a turn's measures into the running norms; return the running ones by term.
+        """Update the running norms; return them by term.
 
         Args:
-            measures: Of the turn's micro-batches.
+            measures: What ``push`` returned for each of the turn's micro-batches.
         """
         measured = torch.stack(list(measures)).mean(dim=0)
         if dist.is_initialized():
             dist.all_reduce(measured)
             measured /= dist.get_world_size()
-        # A non-finite gradient skips its update; it must not stay in the norms for ever either.
+        # A non-finite gradient skips its update; in the running norms it would stay for ever.
         kept = torch.where(measured.isfinite().all(), measured, self.norms().square())
         self.mean_squares.lerp_(kept, 1 - NORM_MEMORY)
         self.num_turns += 1
@@ -75,7 +75,7 @@ class GradientBalance(nn.Module):
         return {f"health/push_{name}": norms[i] for i, name in enumerate(self.weights)}
 
     def norms(self) -> Float[Tensor, " terms"]:
-        """Return each term's running norm per image, freed of its start at 0; 0 before any turn."""
+        """Return each term's running norm per image, bias-corrected as by Adam; 0 at first."""
         seen = 1 - NORM_MEMORY**self.num_turns
         return (self.mean_squares / seen.clamp_min(1e-12)).sqrt()
 

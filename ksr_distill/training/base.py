@@ -1,4 +1,4 @@
-"""What both trainings share: seeded draws, updates that skip non-finite gradients, checkpoints."""
+"""What teacher and distillation share: seeded draws, optimiser steps, checkpoints, logging."""
 
 import copy
 import logging
@@ -33,13 +33,13 @@ class UpdateModule(LightningModule):
 
     Args:
         seed: The run's seed.
-        num_updates: Length of the run; learning rates that fall end with it.
+        num_updates: Length of the run; a decaying learning rate reaches zero there.
         ema_decay: Final decay of the averaged network.
-        compile_networks: What of the networks is compiled, see ``compiling.WAYS``; worth its minute
-            from some hundred updates on.
+        compile_networks: What of the networks is compiled, see ``compiling.WAYS``; pays off after
+            some hundred updates.
         cuda_graphs: Capture updates as CUDA graphs and replay them, see ``cuda_graphs``; no effect
             on a CPU.
-        record: What an exported folder must know, e.g. the resolved config. Plain types.
+        record: Stored in checkpoints for export, e.g. the resolved config. Plain types.
     """
 
     averaged: str
@@ -103,7 +103,7 @@ class UpdateModule(LightningModule):
         return self._wrapped[name]
 
     def average_of(self, network: nn.Module) -> nn.Module:
-        """Return a frozen copy that will follow the network."""
+        """Return a frozen copy, the start of the network's moving average."""
         return copy.deepcopy(network).requires_grad_(False).eval()
 
     @property
@@ -177,7 +177,7 @@ class UpdateModule(LightningModule):
     # ---- one optimiser step ----------------------------------------------------------------------
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        """Return one AdamW per network; fused, because it can skip an update on the device."""
+        """Return one AdamW per network; fused, because that one can skip a step on the device."""
         return [
             torch.optim.AdamW(
                 network.parameters(),
@@ -196,8 +196,8 @@ class UpdateModule(LightningModule):
     def step(self, name: str) -> Float[Tensor, ""]:
         """Clip and apply a network's gradients unless they are not finite; return their norm.
 
-        A skipped update leaves weights, moments and average as they are. Nobody waits for the
-        device: the optimiser itself reads ``found_inf`` there.
+        A skipped update leaves weights, moments and average as they are. The host does not
+        synchronise: the fused optimiser reads ``found_inf`` on the device.
         """
         index = list(self._optim).index(name)
         optim, network = self._optim[name], self.trainable_networks()[name]
@@ -223,7 +223,7 @@ class UpdateModule(LightningModule):
         return norm
 
     def end_update(self, values: dict[str, Tensor]) -> None:
-        """Count the update; keep its figures on the device for whoever wants to log them.
+        """Count the update; keep its values on the device, where callbacks may read them.
 
         Args:
             values: By name; losses are those of this rank's last micro-batch.
@@ -234,7 +234,7 @@ class UpdateModule(LightningModule):
     # ---- checkpoints -----------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return what training changes: without frozen weights."""
+        """Return the state that training changes: everything but the frozen weights."""
         state = super().state_dict(*args, **kwargs)
         if self.frozen_prefix is None:
             return state
@@ -276,7 +276,7 @@ class UpdateModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the counters back.
+        """Restore the counters.
 
         Raises:
             ValueError: If the run was started with another seed, scale, number of steps or teacher.
@@ -295,7 +295,7 @@ class UpdateModule(LightningModule):
     # ---- logging ---------------------------------------------------------------------------------
 
     def log_values(self, values: dict[str, Tensor | float]) -> None:
-        """Write scalars to all loggers at this update. Waits for the device: call it rarely."""
+        """Write scalars to all loggers at this update. Call it rarely: it waits for the device."""
         if self.trainer.is_global_zero:
             numbers = {name: float(value) for name, value in values.items()}
             self.logged |= numbers

@@ -1,4 +1,4 @@
-"""From a config's leaves to the two modules: the `_target_`s of conf/module."""
+"""Builds the two LightningModules from a config: the `_target_`s of conf/module."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ def teacher_module(
     """Return the module of a teacher run: a new network, initialised from the seed alone.
 
     Args:
-        teacher: A model folder to go on from instead; of the same layout.
+        teacher: A model folder to start from instead; its layout must be the config's.
     """
     with seeded_initialisation(rest["seed"]):
         unet = KSRUNet(**model) if teacher is None else loaded_unet(teacher, model)
@@ -60,8 +60,8 @@ def distillation_module(
 
     Args:
         teacher: A model folder.
-        timesteps: The student's, falling; null: as many as ``num_inference_steps``, evenly spread.
-        dropout: Of the student; 0, or the steps would disagree with inference.
+        timesteps: The student's, falling; None: ``num_inference_steps`` evenly spread ones.
+        dropout: Of the student. Not 0 would make its training steps differ from inference.
         gradient_checkpointing: In the student and in the trunk, which its gradient passes through.
     """
     is_whole = head_channels > 0 and head_channels % HEAD_GROUPS == 0
@@ -86,10 +86,10 @@ def distillation_module(
 
 
 def chosen_timesteps(num_inference_steps: int, timesteps: Any) -> tuple[int, ...]:
-    """Return the student's timesteps: those that are named, or evenly spread ones.
+    """Return the student's timesteps: the given ones, or evenly spread ones.
 
     Raises:
-        ValueError: If the named ones do not fall from where sampling starts, pure noise.
+        ValueError: If the given ones do not fall from the timestep at which sampling starts.
     """
     if timesteps is None:
         return student_timesteps(num_inference_steps)
@@ -100,7 +100,7 @@ def chosen_timesteps(num_inference_steps: int, timesteps: Any) -> tuple[int, ...
 
 
 def loaded_unet(teacher: str, model: dict[str, Any]) -> KSRUNet:
-    """Return a folder's network, in float32.
+    """Return the network of a model folder, in float32.
 
     Raises:
         ValueError: If its layout is not the config's; names the first key that differs.
@@ -131,7 +131,7 @@ def in_memory_format(network: N, channels_last: bool) -> N:
 
 
 def fingerprint(network: ModelMixin) -> str:
-    """Return a hash of a network's weights: a run is continued with the teacher it began with."""
+    """Return a hash of the weights, by which a resumed run recognises its teacher."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""When a run is saved, which checkpoints stay, and how the same command finds the last good one."""
+"""The callback that saves a run: when, and which checkpoints are kept."""
 
 import logging
 import math
@@ -53,8 +53,8 @@ def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
 
 
 def note_metrics(path: Path, metrics: dict[str, float]) -> None:
-    """Write figures into a checkpoint's manifest; a run is worth more than its figures."""
-    if not path.exists():  # its write has failed, and said so
+    """Add metrics to a checkpoint's manifest; training goes on if that fails."""
+    if not path.exists():  # its write has failed, which was logged
         return
     try:
         write_manifest(path, {**read_manifest(path), "metrics": metrics})
@@ -66,8 +66,8 @@ def lay_out_as_parameters(optimizers: Iterable[Optimizer]) -> None:
     """Give an optimiser's moments the memory format of their parameters.
 
     Loading leaves them in the file's format, and the fused AdamW pairs elements by their place in
-    memory: a run continued with another ``channels_last`` or strategy would go on with the moments
-    of other weights, and say nothing.
+    memory: a run continued with another ``channels_last`` or strategy would silently use the
+    moments of other weights.
     """
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
@@ -108,7 +108,7 @@ class RunCheckpoint(Checkpoint):
                 them is saved whatever the interval.
             monitor: A metric that validation logs, e.g. ``val/psnr_y``.
             mode: Whether larger or smaller is better.
-            background_above_mb: Larger checkpoints are written by a thread.
+            background_above_mb: Checkpoints larger than this are written by a thread.
         """
         if every_updates < 1 or keep_last < 1 or keep_best < 0 or every_minutes <= 0:
             raise ValueError(
@@ -133,7 +133,7 @@ class RunCheckpoint(Checkpoint):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take over the reading and writing of checkpoints, before Lightning reads one."""
+        """Replace Lightning's checkpoint IO by ours, and lock the folder."""
         trainer.strategy.checkpoint_io = self.io
         if stage == "fit" and trainer.is_global_zero:
             self._lock = lock_folder(self.folder)
@@ -150,7 +150,7 @@ class RunCheckpoint(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Store the names of the optimisers' parameters: their states go by position alone."""
+        """Store the names of the optimisers' parameters, whose states are ordered by position."""
         names = [parameter_names(optimizer, pl_module) for optimizer in trainer.optimizers]
         checkpoint[OPTIMIZER_NAMES] = names
 
@@ -171,7 +171,7 @@ class RunCheckpoint(Checkpoint):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sweep what a killed save left; check that all ranks stand at the same update."""
+        """Check that all ranks are at the same update; remove what a killed save left behind."""
         lay_out_as_parameters(trainer.optimizers)
         self._agreement = HostAgreement(trainer)
         update = completed_updates(trainer)
@@ -209,7 +209,7 @@ class RunCheckpoint(Checkpoint):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the figure beside the saved weights; save them if they are among the best."""
+        """Note the metric beside the saved weights; save them if they are among the best."""
         if self.monitor is None or not self.keep_best or trainer.sanity_checking:
             return
         if self.monitor not in trainer.callback_metrics:
@@ -231,7 +231,7 @@ class RunCheckpoint(Checkpoint):
         return figure >= worst_kept if self.mode == "max" else figure <= worst_kept
 
     def _annotate(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-        """Note them when the file is there: nobody waits for a write that is still going on."""
+        """Note the metrics once the file is there, without waiting for a write in progress."""
         path = path_of_update(self.folder, self._last_saved_update)
         if trainer.is_global_zero:
             self.io.when_written(lambda: note_metrics(path, metrics))
@@ -334,10 +334,10 @@ def callbacks_of(trainer: pl.Trainer, kind: type[C]) -> list[C]:
 
 
 def reopen_if_longer(loop: dict[str, Any], num_updates: int) -> None:
-    """Make the state of an ended run that of one in the middle, if it is to be longer now.
+    """Mark a finished run as unfinished if it has more updates to make now.
 
-    Lightning counts epochs, and a run is one: without this a finished run given more updates would
-    do nothing.
+    To Lightning a run is one epoch: without this, a finished run that is given a larger
+    ``num_updates`` would do nothing.
     """
     batches = loop["epoch_loop.batch_progress"]
     if batches["is_last_batch"] and batches["total"]["completed"] < num_updates:
@@ -347,5 +347,5 @@ def reopen_if_longer(loop: dict[str, Any], num_updates: int) -> None:
 
 
 def completed_updates(trainer: pl.Trainer) -> int:
-    """Return how many updates are behind us, as seen at the end of a batch or between batches."""
+    """Return how many updates are completed, at the end of a batch or between batches."""
     return trainer.fit_loop.total_batch_idx + 1

@@ -1,7 +1,7 @@
-"""What torch.compile is given: whole networks, each kind of block once, or the norms alone.
+"""What torch.compile compiles: whole networks, each kind of block once, or only the norms.
 
-Shapes are compiled as they come: crops have one size, and a first small batch (DDP's rehearsal)
-would otherwise turn every later kernel into one for any size.
+Always with ``dynamic=False``: crops have one size, and after one smaller batch (DDP's rehearsal)
+torch.compile would otherwise make every kernel shape-generic, which is slower.
 """
 
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from ksr_distill.models.blocks import ResNetBlock
 C = TypeVar("C", bound=Callable[..., Any])
 
 WAYS = (False, "networks", "blocks", "norms")
-"""``compile_networks``: ``networks`` leaves the compiler most to fuse, and compiles for minutes;
-``blocks`` compiles each kind of ResNet block once; ``norms`` compiles what lies between the
-convolutions, where plain PyTorch reads and writes each pixel ten times, and begins soonest."""
+"""Values of ``compile_networks``. ``networks`` can fuse most, and compiles for minutes; ``blocks``
+compiles each kind of ResNet block once; ``norms`` compiles only what lies between the convolutions,
+where eager PyTorch reads and writes each pixel ten times, and starts soonest."""
 
 KINDS_OF_BLOCKS = 128
-"""Channels, sizes, with and without gradient, trained and frozen: 48 at full size."""
+"""At least the combinations of channels, sizes, gradient and frozen or not: 48 at full size."""
 
 
 def compile_network(network: nn.Module, way: str) -> nn.Module:
-    """Return a network, perhaps in its wrapper, as gradient-carrying forwards should call it."""
+    """Return the network (it may be wrapped in DDP) as forwards with gradients should call it."""
     if way in IN_PLACE:
         IN_PLACE[way](network)
         return network
@@ -60,11 +60,11 @@ IN_PLACE: dict[str, Callable[[nn.Module], None]] = {
 
 
 def expect_parts() -> None:
-    """Let the compiler keep a version of a part for each kind of block, and no part be cut.
+    """Allow a compiled version for each kind of block, and keep DDP from splitting them.
 
-    Under DistributedDataParallel it cuts what it compiles into pieces of a bucket's size, so that
-    gradients leave early. They leave part by part already, and a block's largest convolution alone
-    is more than a bucket: each block would become several graphs, with nothing fused across them.
+    With ``optimize_ddp`` the compiler splits graphs at DDP's bucket size, so that gradients leave
+    early. Here they leave block by block anyway, and a block's largest convolution alone exceeds a
+    bucket: each block would become several graphs, with nothing fused across them.
     """
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, KINDS_OF_BLOCKS)

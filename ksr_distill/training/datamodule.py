@@ -1,8 +1,8 @@
-"""Batches for training and validation: crops from the CPU, degraded on the device.
+"""Batches for training and validation: crops are read on the CPU and degraded on the device.
 
 Which samples an update sees, and every draw of its degradation, are functions of (seed, update),
-the same on any number of ranks, loader workers and micro-batches per rank that cut the batch
-alike. The only state is the number of the next update.
+however many ranks, loader workers and micro-batches share the batch. The only state is the number
+of the next update.
 """
 
 import logging
@@ -42,10 +42,11 @@ log = logging.getLogger(__name__)
 class HiresDataModule(LightningDataModule):
     """What indexed shards and streams share: batch sizes, validation, and the degradation.
 
+    Set ``start_update`` before the loader is made to continue there.
+
     Args:
         batch_size: Of the global batch, over all ranks and micro-batches.
-        micro_batch_size: Of what a rank holds at once; None for its whole share.
-        start_update: Set it before the loader is made, to continue there.
+        micro_batch_size: Of one forward pass on a rank; None for the rank's whole share.
     """
 
     def __init__(  # noqa: PLR0913  # the arguments are the leaves of conf/data
@@ -113,16 +114,16 @@ class HiresDataModule(LightningDataModule):
 
     @property
     def order(self) -> str:
-        """What decides which samples an update sees, in words; empty in a stream."""
+        """Describes what the order of the samples depends on; empty for a stream."""
         return ""
 
     @property
     def num_replaced(self) -> int:
-        """Different pictures that this process had to pass over."""
+        """How many different pictures this process had to replace."""
         return len(self.budget.seen)
 
     def check(self, *, world_size: int) -> None:
-        """Look at everything that can be wrong before a model is built.
+        """Check settings and shards, before a model is built.
 
         Raises:
             ValueError: In one line, with the key, the value, what is allowed and what to do.
@@ -139,7 +140,7 @@ class HiresDataModule(LightningDataModule):
         self._checked_world_size = world_size
 
     def setup(self, stage: str) -> None:  # noqa: ARG002  # Lightning passes it
-        """Check, unless it was done for as many ranks: 20 000 headers are not read twice."""
+        """Check, unless ``check`` has run for this number of ranks: it may read 20 000 headers."""
         if self._checked_world_size != self.world_size:
             self.check(world_size=self.world_size)
 
@@ -261,7 +262,7 @@ class ShardDataModule(HiresDataModule):
 
     @property
     def order(self) -> str:
-        """What decides which samples an update sees, in words; where the shards lie does not."""
+        """Describes what the order of the samples depends on: not on where the shards are."""
         return (
             f"data.batch_size={self.batch_size}, data.window_shards={self.window_shards}, "
             f"{len(self.paths)} shards (fingerprint {self._fingerprint:08x})"
@@ -306,7 +307,7 @@ class StreamDataModule(HiresDataModule):
     """Training on unindexed tars, local or remote, through webdataset with resampling.
 
     Args:
-        shuffle_buffer: Pictures that a worker holds to draw from.
+        shuffle_buffer: Encoded pictures in memory that a worker draws from.
     """
 
     def __init__(self, *, shuffle_buffer: int, **common: Any) -> None:
@@ -337,9 +338,9 @@ class StreamDataModule(HiresDataModule):
 
 
 def worker_options(settings: HiresDataModule) -> dict[str, Any]:
-    """Return what DataLoader is told about its workers.
+    """Return the DataLoader's options about workers.
 
-    The generator is the loader's own, so that starting a loader moves no global random state.
+    The generator is the loader's own, so that starting it leaves the global random state alone.
     """
     options: dict[str, Any] = {
         "num_workers": settings.num_workers,

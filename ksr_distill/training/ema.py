@@ -19,7 +19,7 @@ def update_ema(average: nn.Module, network: nn.Module, *, decay: float, moved: T
     Args:
         decay: In [0, 1]; 1 keeps the average.
         moved: 1 where the network took its update, 0 where it was skipped; a 0-dim tensor, so that
-            nobody waits for the device.
+            the host does not synchronise.
     """
     averages: list[Tensor] = list(average.parameters())
     weights: list[Tensor] = list(network.parameters())

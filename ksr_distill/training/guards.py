@@ -1,4 +1,4 @@
-"""A run that goes wrong says so, with the figure: non-finite updates, a collapsed game."""
+"""Guards that warn or stop when a run goes wrong: non-finite gradients, a collapsed game."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,10 @@ def last_checkpoint_of(trainer: pl.Trainer) -> str:
 
 
 class NonFiniteGuard(Callback):
-    """Stops after so many skipped updates in a row.
+    """Stops a run after too many skipped updates in a row.
 
-    The module skips an update whose gradient is not finite, on the device, and counts it there in
-    ``skipped_in_a_row``. Reading that waits for the device, so it is read rarely: the count goes on
-    growing until someone looks.
+    The module skips an update whose gradient is not finite and counts it in ``skipped_in_a_row``,
+    both on the device. Reading the count synchronises, so it is read rarely.
     """
 
     def __init__(self, *, stop_after: int, every_updates: int) -> None:
@@ -37,7 +36,7 @@ class NonFiniteGuard(Callback):
 
         Args:
             stop_after: Skipped updates in a row of one network that end the run.
-            every_updates: How often to look; the device is waited for then.
+            every_updates: How often to read the count.
         """
         self.stop_after = stop_after
         self.every_updates = every_updates
@@ -46,7 +45,7 @@ class NonFiniteGuard(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Look at the count; all ranks see the same, since they step together."""
+        """Read the count; all ranks have the same one, since they step together."""
         update = completed_updates(trainer)
         if update % self.every_updates:
             return
@@ -63,7 +62,7 @@ class NonFiniteGuard(Callback):
 
 
 class CollapseMonitor(Callback):
-    """Warns with the figure when a logged one leaves its range for long; can stop the run."""
+    """Warns when a logged metric stays outside its range; can stop the run."""
 
     def __init__(
         self,
@@ -79,9 +78,9 @@ class CollapseMonitor(Callback):
         Args:
             ranges: Lowest and highest healthy value by metric; ``*`` stands for anything.
             advice: What to do, by the same patterns.
-            every_updates: How often to look: as often as the figures are logged.
-            warn_after: Looks in a row outside the range until a warning; one noisy batch is none.
-            stop_after: Looks in a row until the run stops; None: it only warns.
+            every_updates: How often to look: as often as the metrics are logged.
+            warn_after: Warn after this many values in a row outside the range.
+            stop_after: Stop after this many; None: only warn.
         """
         self.ranges = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
         self.advice = advice
@@ -92,7 +91,7 @@ class CollapseMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the ranks' agreement: only the first one logs, all have to stop."""
+        """Open the ranks' agreement: only the first logs, but all have to stop."""
         self._agreement = HostAgreement(trainer)
 
     @override
@@ -114,7 +113,7 @@ class CollapseMonitor(Callback):
             )
 
     def look(self, name: str, value: float) -> str:
-        """Count a figure; warn when it is time to. Returns why to stop, or an empty string."""
+        """Count a value and warn if it is time to. Returns why to stop, or an empty string."""
         for pattern, (low, high) in self.ranges.items():
             if not fnmatch(name, pattern):
                 continue

@@ -1,11 +1,11 @@
-"""Lightning's hints that nobody can act on in a run of ours: silenced, each by its own words."""
+"""Silences the warnings and tips of Lightning that do not apply to our runs, one by one."""
 
 import logging
 import warnings
 
 WARNINGS = (
     r".*in eval mode at the start of training",  # frozen trunk and average: on purpose
-    r".*`srun` command is available",  # torchrun or one process on a Slurm node: a choice
+    r".*`srun` command is available",  # a single process or torchrun inside a Slurm job, on purpose
     r".*isinstance\(treespec, LeafSpec\)",  # between Lightning and torch
 )
 LINES = (
@@ -16,7 +16,7 @@ LINES = (
 
 
 def silence_hints() -> None:
-    """Drop them; whatever else Lightning says still comes through."""
+    """Filter these messages out; everything else that Lightning logs stays."""
     for words in WARNINGS:
         warnings.filterwarnings("ignore", message=words)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):

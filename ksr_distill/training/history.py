@@ -1,4 +1,4 @@
-"""Curves in a file that survives a resume: one row a value, ``update,metric,value``."""
+"""metrics.csv, which a resumed run continues: rows of ``update,metric,value``."""
 
 import csv
 import logging
@@ -14,16 +14,16 @@ HEADER = ("update", "metric", "value")
 
 
 class MetricsCSV(Logger):
-    """Appends to ``metrics.csv``. Lightning's own CSVLogger deletes the curves at a resume.
+    """Appends to ``metrics.csv``; Lightning's CSVLogger would delete the old rows at a resume.
 
     Args:
-        folder: The run's folder; the file lies in it from the first value on.
+        folder: The run's folder; the file is created with the first value.
     """
 
     def __init__(self, *, folder: str) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
-        self._first_update: int | None = None  # nothing of ours is in the file before it
+        self._first_update: int | None = None  # rows from here on are this process's
         self._continues = False
 
     @property
@@ -71,10 +71,11 @@ class MetricsCSV(Logger):
             writer.writerows((update, name, f"{value:.7g}") for name, value in metrics.items())
 
     def _drop_from(self, update: int) -> None:
-        """Keep the rows before this update: a run that was killed wrote beyond its checkpoint."""
+        """Drop the rows from this update on: a killed run has logged beyond its last checkpoint."""
         rows: list[list[str]] = []
         if self.path.exists():
-            with self.path.open(newline="", errors="replace") as file:  # a torn row is left out
+            with self.path.open(newline="", errors="replace") as file:
+                # A crash may leave a row cut off, or zeros.
                 text = (line for line in file if "\0" not in line)
                 rows = [row for row in csv.reader(text) if len(row) == len(HEADER)]
         self.path.parent.mkdir(parents=True, exist_ok=True)

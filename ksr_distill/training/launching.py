@@ -1,4 +1,4 @@
-"""Who starts the processes: torchrun, srun, submitit, or Lightning itself; and when it must not."""
+"""Checks and plugins for how a run was launched: torchrun, srun, submitit or Lightning itself."""
 
 import os
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 
 
 def process_plugins() -> list[Any]:
-    """Return the Trainer's plugins for where we run: under srun, without Lightning's own requeue.
+    """Return the Trainer's plugins: under srun, Slurm's environment without Lightning's requeue.
 
-    That one saves inside the signal handler; see ``training/preemption.py``.
+    Lightning's requeue saves inside the signal handler; see ``training/preemption.py``.
     """
     if TorchElasticEnvironment.detect() or not _is_under_slurm(os.environ):
         return []
@@ -18,7 +18,7 @@ def process_plugins() -> list[Any]:
 
 
 def check_tasks_of_slurm(trainer: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-    """Refuse another number of processes than Slurm has started: they would wait for each other.
+    """Refuse a number of processes that Slurm has not started: they would wait for each other.
 
     Raises:
         ValueError: With both numbers, and where each is set.
@@ -68,6 +68,6 @@ def refuse_launcher_in_sweep(
 
 
 def _is_under_slurm(environment: Mapping[str, str]) -> bool:
-    """Return what Lightning would say, or it would choose its own environment with its requeue."""
+    """Decide as Lightning does: where it alone found Slurm, it would bring its own requeue."""
     is_shell = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
     return "SLURM_NTASKS" in environment and not is_shell

@@ -1,7 +1,7 @@
-"""Every leaf of a config against the class that takes it: its type, and its range by its name.
+"""Checks every leaf of a config: its type by the class that takes it, its range by its name.
 
-YAML takes ``1O`` for a text and ``-4`` for a number; without this a typo ends in a traceback from
-deep inside, or trains on something else.
+To YAML ``1O`` is a text and ``-4`` a number: without this a typo ends in a traceback from deep
+inside, or in a run with other settings than meant.
 """
 
 import difflib
@@ -55,7 +55,8 @@ def check_leaves(config: DictConfig) -> None:
             if node is not None and "_target_" not in (node if isinstance(node, dict) else ()):
                 raise ValueError(f"{group}.{name}={node!r} is not allowed; use its keys, or null")
     resolved["model"] = {**resolved["model"], "_target_": "ksr_distill.models.KSRUNet"}
-    nodes = sorted(_nodes(resolved), key=lambda node: node[0][0] == "module")  # it borrows others'
+    # module comes last: its leaves are interpolations of other groups'.
+    nodes = sorted(_nodes(resolved), key=lambda node: node[0][0] == "module")
     for path, node in nodes:
         hints = _hints_of(str(node["_target_"]))
         for name in node.keys() - hints.keys():
@@ -64,7 +65,7 @@ def check_leaves(config: DictConfig) -> None:
         for name in node.keys() & hints.keys():
             key = _set_as(written, (*path, name))
             if node[name] is None and key == "teacher":
-                continue  # has a longer answer in check_train_config
+                continue  # check_train_config explains this one better
             _check(key, node[name], hints[name])
 
 
@@ -132,7 +133,7 @@ def _nodes(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 
 def _set_as(written: Any, path: tuple[str, ...]) -> str:
-    """Return the key to set: where a leaf is another's value, that one's."""
+    """Return the key that a user would set: for an interpolation, the one that it points to."""
     node: Any = written
     seen: list[str] = []
     for name in path:
@@ -145,7 +146,7 @@ def _set_as(written: Any, path: tuple[str, ...]) -> str:
 
 @cache
 def _hints_of(target: str) -> dict[str, Any]:
-    """Return the annotations of all arguments, those handed on as ``**rest`` too."""
+    """Return the annotations of all arguments, including those passed on as ``**rest``."""
     module, _, name = target.rpartition(".")
     try:
         function = getattr(import_module(module), name)

@@ -1,4 +1,4 @@
-"""Callbacks that watch: is the game in balance, and what do the pictures look like?"""
+"""Callbacks that log the health of the game and write validation previews."""
 
 import logging
 from collections.abc import Sequence
@@ -40,8 +40,8 @@ def auc(real: Float[Tensor, " n"], fake: Float[Tensor, " m"]) -> Float[Tensor, "
 def score_health(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Tensor]:
     """Return two AUCs per head: over all pairs of places, and over pairs of the same place.
 
-    Real and fake share content and noise, so the paired one sees what the other loses in the
-    differences between places (docs/experiments.md); .6–.9 of it is healthy.
+    Places differ more among themselves than real from fake, so only the paired AUC, whose pairs
+    share content and noise, shows a small difference (docs/experiments.md); .6–.9 is healthy.
     """
     values = {}
     for k, pair in enumerate(zip(real, fake, strict=True)):
@@ -54,7 +54,7 @@ def score_health(real: Sequence[Tensor], fake: Sequence[Tensor]) -> dict[str, Te
 
 
 def picture_health(outputs: UpdateOutputs, scale: int) -> dict[str, Tensor]:
-    """Return what a student's batch tells: colour, sharpness, patterns, range."""
+    """Return colour, sharpness, checkerboard and range metrics of the student's last batch."""
     image, hires = outputs.pred_x_0, outputs.x_0
     return {
         "health/lowres_consistency_psnr": lowres_consistency_psnr(image, hires, scale=scale).mean(),
@@ -67,10 +67,10 @@ def picture_health(outputs: UpdateOutputs, scale: int) -> dict[str, Tensor]:
 
 
 class HealthMonitor(Callback):
-    """Logs the game's health every N updates; between them it costs nothing.
+    """Logs losses, and the game's health, every N updates.
 
     Args:
-        every_updates: The device is waited for at these updates only.
+        every_updates: Only at these updates the host waits for the device.
     """
 
     def __init__(self, *, every_updates: int) -> None:
@@ -95,7 +95,7 @@ class HealthMonitor(Callback):
 
 
 class Previews(Callback):
-    """Writes the validation's figures and pictures: ``previews/update_000500.png``.
+    """Logs the validation metrics and writes pictures: ``previews/update_000500.png``.
 
     Args:
         folder: The run's folder.
@@ -109,7 +109,7 @@ class Previews(Callback):
         pl_module.previews.clear()
 
     def on_validation_end(self, trainer: Trainer, pl_module: UpdateModule) -> None:
-        """Write the sheet and the figures, on the first rank."""
+        """Write the sheet and log the metrics, on the first rank."""
         if trainer.sanity_checking:
             return
         metrics: dict[str, Tensor | float] = {

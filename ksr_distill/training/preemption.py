@@ -1,4 +1,4 @@
-"""Told to go: all ranks save together at the end of an update, and the job comes back.
+"""Preemption: all ranks save together at the end of an update, and the job is requeued.
 
 Lightning's own requeue saves inside the signal handler. Two ranks 0.15 s apart deadlocked 4 of 4
 times, preemption with a grace time lost 5 of 5 runs, and between the two players' turns it saved
@@ -25,15 +25,15 @@ from ksr_distill.training.watchdog import StallWatchdog
 log = logging.getLogger(__name__)
 
 EXIT_PREEMPTED = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command continues."""
+"""EX_TEMPFAIL of sysexits.h: run the same command again to continue."""
 
-# Slurm sends USR1 before the time limit when told so by --signal, submitit's jobs are sent USR2;
-# preemption and scancel send TERM.
+# Slurm sends USR1 before the time limit (--signal=USR1@…), or USR2 to jobs of submitit; preemption
+# and scancel send TERM.
 ASKS_TO_REQUEUE = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 def slurm_job(environment: Mapping[str, str]) -> str | None:
-    """Return the batch job we run in, as scontrol wants it; None outside and in a shell."""
+    """Return the id of our batch job as scontrol takes it; None outside Slurm and in a shell."""
     job = environment.get("SLURM_JOB_ID")
     if job is None or environment.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return None
@@ -42,15 +42,15 @@ def slurm_job(environment: Mapping[str, str]) -> str | None:
 
 
 class PreemptionGuard(Checkpoint):
-    """Answers USR1, USR2, TERM. A Checkpoint, so that Lightning calls it after other callbacks."""
+    """Handles USR1, USR2, TERM. A Checkpoint, so that Lightning calls it after other callbacks."""
 
     def __init__(self, *, stay_alive_s: float | int) -> None:
         """Make the guard.
 
         Args:
-            stay_alive_s: How long to wait, after the save, to be ended by Slurm. A process that
-                leaves by itself within a partition's grace time counts as completed, and its job
-                does not come back.
+            stay_alive_s: How long to wait, after the save, until Slurm ends the process. If it
+                exits by itself within the partition's grace time, its job counts as completed and
+                is not requeued.
         """
         self.stay_alive_s = stay_alive_s
         self._received = 0
@@ -69,11 +69,11 @@ class PreemptionGuard(Checkpoint):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen from now on: by default a signal would end a process that still loads.
+        """Install the handlers early: by default a signal ends a process that is still loading.
 
-        Lightning's own handler of TERM is kept out: it broadcasts from inside the handler, which
-        hangs when the ranks are at different places, and a run told before its first update would
-        leave with 0, as if it had ended.
+        Lightning's own TERM handler is kept out: it broadcasts inside the handler, which hangs when
+        the ranks are at different points, and before the first update it would exit with 0, as if
+        the run had finished.
         """
         if stage == "fit":
             _checkpoint_of(trainer)
@@ -89,7 +89,7 @@ class PreemptionGuard(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """Ask all ranks whether anyone was told to go; if so, save and leave together."""
+        """Ask all ranks whether any of them was signalled; if so, save and exit together."""
         [received] = self._agreement.largest(self._received)
         if received:
             self._leave(trainer, signal.Signals(received))
@@ -122,23 +122,23 @@ class PreemptionGuard(Checkpoint):
         end = time.monotonic() + self.stay_alive_s
         while time.monotonic() < end:
             if received in ASKS_TO_REQUEUE and self._received == signal.SIGTERM:
-                return  # the requeue that we asked for has begun: waiting for KILL only costs time
+                return  # the requeue has begun; waiting for KILL would only cost time
             time.sleep(0.1)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the former handlers."""
         self._give_back()
 
     @override
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Give the signals back."""
+        """Restore the former handlers."""
         self._give_back()
 
     def _give_back(self) -> None:
-        # Held again first: a signal after the last save must not fail a run that has ended.
+        # Block them first: a signal after the last save must not fail a run that has finished.
         signal.pthread_sigmask(signal.SIG_BLOCK, self._held)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -152,7 +152,7 @@ def _checkpoint_of(trainer: pl.Trainer) -> RunCheckpoint:
         return callback
     raise ValueError(
         "callbacks.preemption needs callbacks.checkpoint: without it a preempted run is lost; add "
-        "callbacks.checkpoint, or take callbacks.preemption out"
+        "callbacks.checkpoint, or remove callbacks.preemption"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run was: its folder can tell years later, and tells no secret."""
+"""What a run was started with, written into its folder without secrets."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ PACKAGES = (
 
 
 def scrub(value: Any, name: str = "") -> Any:
-    """Return the same tree without secrets: by the names of leaves, and users in URLs."""
+    """Return the same tree with secrets hidden, by the names of leaves, and users in URLs."""
     if isinstance(value, dict):
         return {k: scrub(v, str(k)) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -71,7 +71,7 @@ def git_commit(folder: Path) -> str | None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what this host is: processor, memory, devices."""
+    """Return this host's name, platform, processors, memory and GPUs."""
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "host": socket.gethostname(),
@@ -84,7 +84,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of what the numbers depend on."""
+    """Return the versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -136,8 +136,8 @@ class RunRecord(Callback):
             self._write(config, start)
         except OSError as error:  # a full disk: the run is worth more than its record
             log.warning(
-                "config.yaml and starts.jsonl in %s do not tell of this start (%s); training goes "
-                "on: free space",
+                "config.yaml and starts.jsonl in %s lack this start (%s); training goes on: free "
+                "space",
                 self.folder,
                 error,
             )

@@ -1,4 +1,4 @@
-"""What the training groups of conf/ may say: typed, range-checked, without a second default."""
+"""Typed and range-checked settings of the groups loss and optim; defaults are in conf/ alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,7 +14,7 @@ def require(allowed: bool, key: str, value: object, rule: str) -> None:
 
 
 def check_types(settings: object, prefix: str) -> None:
-    """Refuse a value of another type: YAML takes ``1e-4x`` for a text and says nothing."""
+    """Refuse a value of another type: to YAML, ``1e-4x`` is a text."""
     allowed = {float: (int, float), int: (int,), bool: (bool,), Penalty: (str,)}
     for field in fields(settings):  # type: ignore[arg-type]
         value = getattr(settings, field.name)
@@ -71,18 +71,19 @@ class PlayerOptim:
 
 @dataclass(frozen=True, kw_only=True)
 class GameSettings:
-    """Who plays when, and what each player is shown.
+    """Who is updated when, and at which timesteps student and critic work.
 
     Attributes:
-        critic_updates_per_student: Turns of the critic for one of the student.
-        critic_warmup_updates: Turns of the critic alone before the student moves at all.
+        critic_updates_per_student: Critic updates for each student update.
+        critic_warmup_updates: Critic updates before the student's first.
         late_timesteps_updates: For this many student updates only the later half of its timesteps
             is drawn, (0, 0, ½, ½) for four; then all are, uniformly.
-        backward_simulation_prob: How often, in the end, the student starts from its own earlier
-            estimate instead of a noised original.
-        backward_simulation_ramp: Student updates at which that probability leaves 0 and is reached.
-        critic_log_snr: The critic looks at log-SNR drawn uniformly from this range…
-        critic_timesteps: …and its timestep is kept within these, both ends included.
+        backward_simulation_prob: Final probability that x_t comes from the student's own earlier
+            estimate instead of the original.
+        backward_simulation_ramp: Student updates at which that probability leaves 0, and reaches
+            its final value.
+        critic_log_snr: Range of the critic's log-SNR, drawn uniformly.
+        critic_timesteps: First and last timestep that the critic's is clamped to.
     """
 
     critic_updates_per_student: int
@@ -114,7 +115,7 @@ class GameSettings:
         require(inside, "loss.game.critic_timesteps", times, "[first, last] within 0 … 999")
 
     def simulation_prob(self, student_update: int) -> float:
-        """Return how likely backward simulation is at this student update."""
+        """Return the probability of backward simulation at this student update."""
         start, end = self.backward_simulation_ramp
         if student_update < start:
             return 0.0
@@ -157,10 +158,10 @@ class StudentTerms:
 
     Attributes:
         balance: Divide each term by the running norm of its gradient at pred_x_0, so that the
-            weights are shares of the push on the picture. A Wasserstein loss with a zero-centred
-            penalty has no scale of its own; without this, γ would silently set the mix.
-        balance_floor: A term's norm counts for no less than this share of its largest so far, so
-            that the leftover of a critic without an opinion is not amplified into a pattern.
+            weights are shares of the whole gradient. A Wasserstein loss with a zero-centred penalty
+            has no scale of its own; without this, γ would silently set the mix.
+        balance_floor: Smallest norm to divide by, as a share of the term's largest so far, so that
+            the gradient of a collapsed critic is not amplified into a pattern.
     """
 
     adversarial: float

@@ -1,8 +1,8 @@
-"""Networks too large for one device: weights, gradients, averages and moments in shards (FSDP2).
+"""FSDP2: weights, gradients, averages and optimiser states are sharded over the processes.
 
-Every ResNet block of a U-Net is one `fully_shard` group and the rest of the network another. What
-is computed, saved and resumed is what PerNetworkDDP computes, saves and resumes: a checkpoint holds
-whole tensors, so a run may go on with the other strategy or on another number of processes.
+Every ResNet block of a U-Net is one `fully_shard` group and the rest of the network another.
+Results, checkpoints and resuming are those of PerNetworkDDP: a checkpoint holds whole tensors, so a
+run may continue with the other strategy or on another number of processes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,14 +30,14 @@ from ksr_distill.training.strategy import PerNetworkDDP
 
 
 class PerNetworkFSDP(PerNetworkDDP):
-    """Every U-Net in shards: trained, averaged and frozen. The critic's heads stay under DDP.
+    """Shards every U-Net: trained, averaged and frozen. The critic's heads stay under DDP.
 
-    The heads are small, and R1 needs a second derivative through them, which FSDP2 has not.
+    The heads are small, and R1 needs a second derivative through them, which FSDP2 cannot give.
     """
 
     @override
     def configure_ddp(self) -> None:
-        """Wrap as DDP does, with U-Nets in shards; then shard those that are not trained."""
+        """Wrap the trained networks, then shard the U-Nets that are not trained."""
         self._mesh = init_device_mesh(self.root_device.type, (dist.get_world_size(),))
         super().configure_ddp()
         module = cast(nn.Module, self.lightning_module)
@@ -81,7 +81,7 @@ class PerNetworkFSDP(PerNetworkDDP):
 
     @override
     def on_validation_start(self) -> None:
-        """Gather what validation samples with, once: its batches then need no other rank."""
+        """Gather the networks that validation uses, so that its batches need no other rank."""
         for network in self._sampled_networks():
             network.set_reshard_after_forward(False)
             side = 8 * network.stride
@@ -92,7 +92,7 @@ class PerNetworkFSDP(PerNetworkDDP):
 
     @override
     def on_validation_end(self) -> None:
-        """Back to shards."""
+        """Shard them again."""
         for network in self._sampled_networks():
             network.set_reshard_after_forward(True)
             for part in network.modules():
@@ -127,14 +127,14 @@ class PerNetworkFSDP(PerNetworkDDP):
 
 
 class ShardedNetwork(nn.Module):
-    """A sharded network with DDP's face: a forward, and ``no_sync`` while gradients accumulate."""
+    """A sharded network with DDP's interface: ``forward``, and ``no_sync`` for accumulation."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Return the network's output, as a tensor of its own.
+        """Return the network's output, as a view.
 
         FSDP2 gathers weights for the backward when the gradient at *its* output is asked for; the
         terms' gradients at pred_x_0 are asked for one by one and need no weights.
@@ -154,7 +154,7 @@ class ShardedNetwork(nn.Module):
 
 
 def shard_unet(unet: KSRUNet, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Leave each rank its share of a U-Net's weights, in place."""
+    """Shard a U-Net in place."""
     if is_channels_last(unet):
         # FSDP2 takes contiguous weights only; from here on the pictures carry the format.
         unet.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
@@ -166,9 +166,9 @@ def shard_unet(unet: KSRUNet, mesh: DeviceMesh, policy: MixedPrecisionPolicy) ->
 
 
 def look_through_shards(critic: Critic) -> None:
-    """Let a critic enter its sharded trunk by ``encode``, which gathers weights as forward does.
+    """Make a critic's ``encode`` gather the weights of its sharded trunk, as forward does.
 
-    By another name, for forward calls encode as well, and would let go of the weights after it.
+    Registered under another name: forward calls ``encode`` too, and would reshard after it.
     """
     trunk: Any = critic.trunk
     trunk.encode_alone = trunk.encode
@@ -177,7 +177,7 @@ def look_through_shards(critic: Critic) -> None:
 
 
 def is_channels_last(network: nn.Module) -> bool:
-    """Return whether any weight says so."""
+    """Return whether any convolution's weights are in channels_last."""
     return any(
         weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
         for weight in network.parameters()

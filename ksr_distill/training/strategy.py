@@ -1,4 +1,4 @@
-"""Many processes: one DistributedDataParallel per network.
+"""Several processes: one DistributedDataParallel wrapper per network.
 
 The critic's turn reduces the critic's gradients and nothing else, without a search for unused
 parameters: one wrapper around both networks reduced 1809 of 1809 elements where the critic had 101.
@@ -27,7 +27,7 @@ class HasNetworks(Protocol):
 
     @property
     def reduces_gradients(self) -> bool:
-        """Whether the module averages gradients over the ranks itself: then nothing is wrapped."""
+        """Whether the module averages gradients over the ranks itself; then DDP is not used."""
         ...
 
     def set_wrapped(self, name: str, wrapped: nn.Module) -> None:
@@ -35,12 +35,12 @@ class HasNetworks(Protocol):
         ...
 
     def rehearsal_loss(self, name: str) -> Tensor:
-        """Return a loss through this network's wrapper, like a turn's, on made-up data."""
+        """Return a loss on made-up data, through this network's wrapper as in its turn."""
         ...
 
 
 class PerNetworkDDP(DDPStrategy):
-    """DDP with a wrapper of its own around each trainable network; state_dict keys stay."""
+    """DDP with one wrapper around each trainable network; state_dict keys do not change."""
 
     def __init__(self, *, timeout_s: float = 900.0, **ddp_arguments: Any) -> None:
         """Make the strategy.
@@ -76,8 +76,8 @@ class PerNetworkDDP(DDPStrategy):
         DDP lays out its buckets anew after the first backward. A resumed process would begin with
         the first layout again and sum in another order: on 3 and more ranks its first update
         differs in the last bits from the uninterrupted run's (measured). After the rehearsal both
-        have the second layout. It is played as it is written: to compile all for its small
-        pictures would take as long as to compile for the training's.
+        have the second layout. It runs eagerly: compiling for its small pictures would take as
+        long as compiling for the training's.
         """
         module = self._networks_of_module()
         if module.reduces_gradients:
@@ -91,7 +91,7 @@ class PerNetworkDDP(DDPStrategy):
 
     @override
     def teardown(self) -> None:
-        """Take the wrappers off again, and finish what is being written."""
+        """Take the wrappers off again."""
         if isinstance(self.lightning_module, HasNetworks):
             for name, network in self.lightning_module.trainable_networks().items():
                 self.lightning_module.set_wrapped(name, network)
@@ -126,10 +126,10 @@ def average_gradients(network: nn.Module) -> None:
 
 
 class HostAgreement:
-    """The largest of some integers over all ranks, between hosts: no device waits for it."""
+    """The maximum of integers over all ranks, agreed on by the hosts without using the device."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
-        """Open a group of its own; every rank has to do so at the same place."""
+        """Open a gloo group; every rank has to do so at the same point."""
         self._group: weakref.ref[dist.ProcessGroup] | None = None
         if dist.is_initialized():
             timeout = getattr(trainer.strategy, "timeout", None)
@@ -146,10 +146,10 @@ class HostAgreement:
 
 
 def leave_groups() -> None:
-    """End all groups of processes and their threads; every rank has to have finished its work.
+    """Destroy all process groups and their threads, once every rank has finished its work.
 
-    An interpreter that ends while gloo's threads still run could abort. Not after a lost rank: that
-    would wait for it.
+    An interpreter that exits while gloo's threads run may abort. Do not call it after a rank was
+    lost: it would wait for that rank.
     """
     if dist.is_initialized():
         dist.destroy_process_group()

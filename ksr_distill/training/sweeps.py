@@ -1,4 +1,4 @@
-"""Sweeps: the points of conf/sweep as a job array sees them, and a table of what became of them.
+"""Sweeps: the points of conf/sweep for a job array, and a summary table of their runs.
 
 `python -m ksr_distill.training.sweeps point 2 +sweep=student_timesteps …` prints the overrides of
 one point; `python -m ksr_distill.training.sweeps summary FOLDER` writes the table.
@@ -44,7 +44,7 @@ def sweep_points(name: str, folder: Path = CONF) -> list[list[str]]:
 
 
 def point_overrides(index: int, arguments: Sequence[str]) -> list[str]:
-    """Return what turns a sweep's command line into one of its runs, in that run's folder.
+    """Return the overrides that turn a sweep's command line into one of its runs.
 
     Raises:
         ValueError: If the command has no +sweep=, the sweep fewer points, or the command others.
@@ -85,7 +85,7 @@ def readable(manifest: Path) -> dict[str, Any] | None:
 
 
 def row_of_run(folder: Path) -> dict[str, str]:
-    """Return what a run's folder tells: its state, its figures, and what ended it."""
+    """Return a run's row of the table: its state, its metrics, and its error if it failed."""
     row = {"run": folder.name}
     config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text())
     manifests = sorted((folder / "checkpoints").glob("update-*.ckpt.json"))
@@ -114,7 +114,7 @@ def write_summary(folder: Path) -> Path:
 
 
 class SweepSummary(Callback):
-    """Hydra's callback: notes how each run ended, and keeps the table up to date."""
+    """Hydra callback that notes how each run ended, and keeps the table up to date."""
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Forget an earlier end: the run is tried again."""
@@ -122,7 +122,7 @@ class SweepSummary(Callback):
             (Path(config.hydra.runtime.output_dir) / OUTCOME).unlink(missing_ok=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """Note what ended the run. An array's last run leaves the whole table behind."""
+        """Note a failure, and rewrite the table: a job array has no process that ends last."""
         if not is_first_process():
             return
         run = Path(config.hydra.runtime.output_dir)

@@ -1,4 +1,4 @@
-"""Teacher training: predict the clean image from any amount of noise."""
+"""Teacher training: predict the clean image at any timestep."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,10 +21,10 @@ from ksr_distill.training.validation import (
 from ksr_distill.types import Batch
 
 DETAIL_LOG_SNR = (3.0, 9.0)
-"""Where what a lowres image lacks stands out from the noise; above, nothing is left to estimate.
+"""The log-SNR at which the detail that a lowres image lacks becomes visible through the noise.
 
-Measured with a critic (docs/experiments.md, "where the critic can see"). It is t < 65: with t
-uniform, one draw in fifteen.
+Measured with a critic (docs/experiments.md, "where the critic can see"). It is t < 65, one draw in
+fifteen if t is uniform.
 """
 
 
@@ -42,8 +42,8 @@ class TeacherModule(UpdateModule):
     """x_0-prediction on the released linear schedule (DDPM, arXiv:2006.11239, alg. 1).
 
     Args:
-        detail_share: Share of the draws whose log-SNR is uniform in ``DETAIL_LOG_SNR``; of the
-            others t is uniform.
+        detail_share: Share of draws with log-SNR uniform in ``DETAIL_LOG_SNR``; for the others t is
+            uniform.
         unet: The network, initialised.
         scale: Upscaling factor of the degradation; written into exports.
         distance: ``l2`` gives the posterior mean that many-step sampling needs; ``l1`` is sharper
@@ -111,7 +111,7 @@ class TeacherModule(UpdateModule):
     def draw_t(
         self, x_0: Float[Tensor, "b 3 H W"], generator: torch.Generator
     ) -> Int[Tensor, " b"]:
-        """Draw a timestep for each image: uniform, or by ``detail_share`` where detail appears."""
+        """Draw a timestep for each image, see ``detail_share``."""
         shape, device = x_0.shape[:1], x_0.device
         num_timesteps = self.schedule.num_train_timesteps
         t = torch.randint(num_timesteps, shape, generator=generator, device=device)

@@ -1,4 +1,4 @@
-"""How fast a run is, rank by rank, and what it waits for."""
+"""Speed of each rank, and the time it spends waiting for its loader or for checkpoints."""
 
 import resource
 import time
@@ -15,16 +15,16 @@ from ksr_distill.training.arithmetic import ArithmeticCounter
 from ksr_distill.training.checkpoints import RunCheckpoint, callbacks_of, completed_updates
 
 MAX_GATHERED_RANKS = 16
-"""Beyond it, each rank's own curves would bury the others: lowest, mean and highest remain."""
+"""With more ranks only the lowest, the mean and the highest value are logged."""
 
 
 class Throughput(Callback):
-    """Logs, every N updates, how fast each rank is and what it waits for.
+    """Logs, every N updates, speed, memory and waiting times.
 
     ``speed/updates_per_s``, ``speed/images_per_s`` (all ranks), ``speed/tflops`` (a rank),
     ``speed/checkpoint_share``, and for each rank ``rank/R/loader_wait_share`` and
-    ``rank/R/memory_gb``. The device is waited for at these updates only. On a GPU the wait is the
-    device's own: it may still be at the last update while the host fetches the next batch.
+    ``rank/R/memory_gb``. Only then the host synchronises with the device. On a GPU the loader wait
+    is the device's idle time: it may still work while the host fetches the next batch.
     """
 
     def __init__(self, *, every_updates: int, count_flops: bool) -> None:
@@ -33,7 +33,7 @@ class Throughput(Callback):
         Args:
             every_updates: Updates between two rows.
             count_flops: Count the arithmetic of one update, once in a run, after every network has
-                moved. That update is not compiled; it is left out where its memory would not fit.
+                had one. That update runs eagerly; it is not counted where its memory would not fit.
         """
         self.every_updates = every_updates
         self.count_flops = count_flops
@@ -159,9 +159,9 @@ class Throughput(Callback):
 
 
 class DeviceGaps:
-    """Times, on the device, between the end of an update and the beginning of the next.
+    """Idle times of the device between the end of an update and the start of the next.
 
-    An event that finds the device at work is noted when that work is done: then the gap is none.
+    An event completes when the work before it is done: while the device is busy the gap is 0.
     """
 
     def __init__(self) -> None:
@@ -179,7 +179,7 @@ class DeviceGaps:
             self._begun = None
 
     def seconds(self) -> float:
-        """Return how long all gaps were together; forget them. The device must be waited for."""
+        """Return the sum of all gaps, and forget them. Synchronise with the device before."""
         total = sum(begin.elapsed_time(end) for begin, end in self._gaps) / 1000
         self._gaps.clear()
         return total

@@ -1,4 +1,4 @@
-"""Validation: the averaged network's samples on fixed pictures, with fixed noise."""
+"""Validation: samples of the averaged network, on fixed pictures and with fixed noise."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,8 +55,8 @@ def validate_batch(
     of a run differ by the weights and by nothing else.
 
     Args:
-        samplers: The first is what is judged: its metrics are called ``val/psnr_y`` and so on; the
-            others' are prefixed by their name.
+        samplers: The first one's metrics are logged as ``val/psnr_y`` and so on; the others' are
+            prefixed by their name.
     """
     hires, lowres = batch
     pictures = {}
@@ -76,7 +76,7 @@ def validate_batch(
 def picture_metrics(
     image: Float[Tensor, "b 3 H W"], hires: Float[Tensor, "b 3 H W"], scale: int, number: int
 ) -> dict[str, Tensor]:
-    """Return the batch's means of what is watched during training."""
+    """Return the batch means of the metrics that validation logs."""
     image = image.clamp(-1, 1)
     distances = [
         sliced_wasserstein(a[None], b[None], generator=generator_for(number, Stream.EVALUATION))

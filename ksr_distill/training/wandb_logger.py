@@ -1,4 +1,4 @@
-"""Weights & Biases as a guest: it may fail, ask nothing, and never stops a run."""
+"""Weights & Biases, without prompts, and without power to stop a run when it fails."""
 
 import logging
 import netrc
@@ -32,9 +32,9 @@ def has_key() -> bool:
 
 
 class GuestWandbLogger(Logger):
-    """Logs to W&B, offline without a key; after a failure it falls silent with one warning.
+    """Logs to W&B, offline without a key; after a failure it warns once and stops logging.
 
-    The figures are in ``metrics.csv`` besides. There is no option for a key: keys in configs and
+    All metrics are in ``metrics.csv`` as well. There is no option for a key: keys in configs and
     command lines get logged and committed.
     """
 
@@ -122,7 +122,7 @@ class GuestWandbLogger(Logger):
         except Exception as error:  # noqa: BLE001, whatever a guest's trouble is: training goes on
             self._has_failed = True
             log.warning(
-                "W&B failed (%s: %s) and is left alone from now on; training goes on, the figures "
+                "W&B failed (%s: %s) and is not used any more; training goes on, the figures "
                 "are in metrics.csv. Later: wandb sync %s",
                 type(error).__name__,
                 " ".join(str(error).split()),

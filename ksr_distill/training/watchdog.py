@@ -1,7 +1,7 @@
-"""A run that hangs ends with a message that names the rank and where it stands.
+"""Ends a run that hangs, with a message that names the rank and what it is doing.
 
-Every rank's watchdog thread writes a heartbeat into the run's folder, so that whoever gives up
-first can tell who is behind, and a lost rank is told from a waiting one.
+A watchdog thread on every rank writes a heartbeat into the run's folder, so that the first one to
+give up can tell which ranks are behind, and a lost rank from a waiting one.
 """
 
 import faulthandler
@@ -32,13 +32,13 @@ ENDING = "is ending after an error"
 
 
 class StallWatchdog(Callback):
-    """Ends the process when nothing has moved for too long."""
+    """Ends the process when there was no progress for too long."""
 
     def __init__(self, folder: str | Path, *, timeout_s: float | int) -> None:
         """Make the watchdog.
 
         Args:
-            folder: Where heartbeats go, one small file a rank; all ranks must see it.
+            folder: Of the heartbeats, one small file per rank; on a file system all ranks share.
             timeout_s: Without an update or a validation batch for this long, the run ends. Less
                 than the strategy's timeout, so that this message comes first.
         """
@@ -87,7 +87,7 @@ class StallWatchdog(Callback):
         batch_idx: int,
     ) -> None:
         """Wait for the next batch."""
-        # Of the next update, or this rank would look behind one that is still inside this update.
+        # Of the next update, or it would look as if this rank were behind those still in this one.
         self._at(LOADER, batch_idx + 1)
 
     @override
@@ -99,7 +99,7 @@ class StallWatchdog(Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any
     ) -> None:
-        """It moves."""
+        """Note the progress."""
         self._at(VALIDATION)
 
     @override
@@ -118,8 +118,8 @@ class StallWatchdog(Callback):
     ) -> None:
         """When a collective fails, say which ranks are gone: its own error names a socket.
 
-        Among several processes the watch goes on: moving networks off a device, or closing NCCL,
-        may wait for a lost rank for ever.
+        With several processes the watch goes on: moving networks off a device, or closing NCCL, may
+        wait for a lost rank for ever.
         """
         if self._world > 1 and isinstance(exception, RuntimeError):
             log.error("%s", self.state_of_ranks())
@@ -145,7 +145,7 @@ class StallWatchdog(Callback):
         temporary = file.with_suffix(".tmp")
         try:
             temporary.write_text(json.dumps(told))
-            temporary.replace(file)  # whole at any time: a rank with half a file looks gone
+            temporary.replace(file)  # atomic: a rank whose file is incomplete would look gone
         except OSError as error:  # a full disk must not silence the watchdog
             log.debug("no heartbeat: %s", error)
 

@@ -122,5 +122,5 @@ def test_a_full_disk_at_the_start_costs_the_record_and_not_the_run(
     module = TwoPlayers(num_updates=1)
     module.record = {"config": CONFIG}
     train(tmp_path / "checkpoints", module=module, callbacks=(RunRecord(tmp_path),))
-    assert "do not tell of this start ([Errno 28] No space" in caplog.text
+    assert "lack this start ([Errno 28] No space" in caplog.text
     assert (tmp_path / "config.yaml").read_text() == "name: before\n"
