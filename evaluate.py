@@ -13,10 +13,11 @@ import typer
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from ksr_distill.config import check_overrides, check_targets, one_line
+from ksr_distill.config import check_targets
 from ksr_distill.degradation import Degradation
 from ksr_distill.evaluation.command import evaluate
 from ksr_distill.export import export_checkpoint
+from ksr_distill.overrides import check_overrides, one_line
 
 CONF = Path(__file__).resolve().parent / "conf"
 

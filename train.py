@@ -25,14 +25,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ksr_distill.config import (
-    check_overrides,
-    check_strategy,
-    check_train_config,
-    message_for_user,
-    num_processes,
-)
+from ksr_distill.config import check_strategy, check_train_config, num_processes
 from ksr_distill.data.loading import explain_lost_worker
+from ksr_distill.overrides import check_overrides, message_for_user
 from ksr_distill.training.checkpoint_folder import last_good_checkpoint, update_of_file
 from ksr_distill.training.hints import silence_hints
 from ksr_distill.training.launching import (

@@ -1,9 +1,7 @@
 """Checks of the composed config that no group can make alone, before any model is built."""
 
-import difflib
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,6 @@ from ksr_distill.model_json import read_object
 ALLOWED_TARGETS = ("ksr_distill.", "lightning.pytorch.")
 """Nothing else is instantiated from a config: a `_target_` such as torch.load runs code."""
 
-EXTENSIBLE = ("experiment", "sweep", "launcher", "trainer", "callbacks", "logger", "hydra")
-"""Keys that a plus on the command line may add to."""
-
 STRATEGIES = ("auto", "fsdp")
 
 PRECISIONS = ("bf16-mixed", "bf16", "32-true", "32", 32)
@@ -26,10 +21,6 @@ PRECISIONS = ("bf16-mixed", "bf16", "32-true", "32", 32)
 SHORTENING = ("max_steps", "min_steps", "max_time", "limit_train_batches", "overfit_batches",
               "fast_dev_run")  # fmt: skip
 """Trainer options that end a run early; it would then look like a finished one."""
-
-FOLLOWED_BY_A_WORD = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-name", "-cn",
-                      "--config-path", "-cp", "--config-dir", "-cd")  # fmt: skip
-"""Hydra's own options that take a value: the next word is no override."""
 
 MIN_CROP_PX = 32
 """Side of a tile of `evaluation.metrics.spectral_prominence`."""
@@ -57,6 +48,16 @@ def check_train_config(config: Mapping[str, Any]) -> None:
     check_whole_number(config, "seed", at_least=0)
     check_whole_number(config, "log_every", at_least=1)
     check_whole_number(config, "validate_every", at_least=1)
+    check_crops(config)
+    if config["data"]["val_shards"] and config["validate_every"] > config["num_updates"]:
+        raise ValueError(
+            f"validate_every={config['validate_every']} is more than num_updates="
+            f"{config['num_updates']}, so the run would never be validated; use at most the latter"
+        )
+
+
+def check_crops(config: Mapping[str, Any]) -> None:
+    """Refuse crops that do not fit the network, or are too small for the metrics of a run."""
     stride = model_stride(config)
     crop_px = config["data"]["crop_px"]
     multiple = math.lcm(stride, config["scale"])
@@ -77,11 +78,6 @@ def check_train_config(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"data.val_crop_px={val_crop_px} is too small for val/swd, whose pyramid has four "
             f"levels of 7 px patches; use at least {MIN_VAL_CROP_PX}, or data.val_shards=null"
-        )
-    if config["data"]["val_shards"] and config["validate_every"] > config["num_updates"]:
-        raise ValueError(
-            f"validate_every={config['validate_every']} is more than num_updates="
-            f"{config['num_updates']}, so the run would never be validated; use at most the latter"
         )
 
 
@@ -269,96 +265,3 @@ def num_processes(trainer: Mapping[str, Any]) -> int:
         is_cpu = trainer["accelerator"] == "cpu"
         devices = 1 if is_cpu else max(torch.cuda.device_count(), 1)
     return devices * trainer["num_nodes"]
-
-
-def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) -> None:
-    """Compose the config once to report mistakes in one line; sweep values are left to Hydra.
-
-    Args:
-        arguments: Of the command line.
-        folder: The conf/ folder.
-
-    Raises:
-        ValueError: If an override names no key, no group or no option; it names the nearest.
-    """
-    from hydra import compose, initialize_config_dir  # noqa: PLC0415 - inference never gets here
-    from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: PLC0415
-    from hydra.errors import HydraException  # noqa: PLC0415
-    from omegaconf import OmegaConf  # noqa: PLC0415
-
-    before = ["", *arguments]
-    texts = [
-        text
-        for text, option in zip(arguments, before, strict=False)
-        if not text.startswith("-") and option not in FOLLOWED_BY_A_WORD
-    ]
-
-    def composed(overrides: Sequence[str]) -> Mapping[str, Any]:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            return compose(config_name, list(overrides))
-
-    try:
-        parsed = OverridesParser.create().parse_overrides(texts)
-        for override in parsed:
-            if override.is_add() and not str(override.key_or_group).startswith(EXTENSIBLE):
-                raise ValueError(
-                    f"{override.input_line}: a plus adds a key that nobody reads; drop it to "
-                    f"change {override.key_or_group}, or use it for {', '.join(EXTENSIBLE)}"
-                )
-        config = composed([o.input_line or "" for o in parsed if not o.is_sweep_override()])
-    except HydraException as error:
-        try:
-            known = composed([text for text in texts if text.startswith("+")])
-        except HydraException:
-            known = {}
-        raise ValueError(explain(error, known)) from error
-    asks = {text for text in arguments if text.startswith("-")} - {"-m", "--multirun"}  # --help
-    if OmegaConf.is_missing(config, "name") and not asks:
-        experiments = ", ".join(
-            sorted(path.stem for path in (folder / "experiment").glob("*.yaml"))
-        )
-        raise ValueError(
-            "name is missing: it names the run's folder, and an experiment sets it; add "
-            f"+experiment= with one of {experiments}, or name=NAME"
-        )
-
-
-def explain(error: BaseException, known: Mapping[str, Any]) -> str:
-    """Return Hydra's message in one line, with the key that was probably meant."""
-    text = " ".join(one_line(part) for part in (error, error.__cause__) if part is not None)
-    text = text.partition(" Config search path:")[0]
-    if "no viable alternative" in text or "mismatched input" in text:
-        return f"{text}; quote values with braces, commas or spaces twice: 'key=\"a{{0..9}}\"'"
-    missing = re.search(r"full_key: (\S+)", text)
-    if missing is None:
-        return text
-    *parents, key = missing[1].split(".")
-    node: Any = known
-    for parent in parents:
-        node = node[parent]
-    names = [str(name) for name in node]
-    if key in names:  # it exists, but as an interpolation of another group's value
-        return f"{missing[1]} is the value of another group; change it there (conf/{parents[0]})"
-    close = difflib.get_close_matches(key, names, n=1)
-    remedy = f"did you mean {'.'.join([*parents, close[0]])}?" if close else f"use one of {names}"
-    return f"{missing[1]} is no key of the config; {remedy}"
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message without line breaks."""
-    return " ".join(str(error).split())
-
-
-def message_for_user(error: BaseException, kinds: tuple[type[Exception], ...]) -> str | None:
-    """Return the message meant for a user, without line breaks; None if there is none.
-
-    That is the outermost error of these kinds in the chain of causes: the one that says what to do.
-    Hydra's wrappers around it are of other kinds.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        is_named = not str(cause).startswith("Unable to configure handler")  # it names no file
-        if isinstance(cause, kinds) and is_named:
-            return one_line(cause)
-        cause = cause.__cause__
-    return None

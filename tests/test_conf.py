@@ -13,10 +13,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from PIL import Image
 
-from ksr_distill.config import check_overrides, check_train_config
+from ksr_distill.config import check_train_config
 from ksr_distill.data.packing import pack_folder
 from ksr_distill.data.sources import PackOptions
 from ksr_distill.models import KSRUNet
+from ksr_distill.overrides import check_overrides
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"

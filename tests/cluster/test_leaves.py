@@ -8,7 +8,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from real_run import ROOT
 
-from ksr_distill.config import check_strategy, message_for_user
+from ksr_distill.config import check_strategy
+from ksr_distill.overrides import message_for_user
 from ksr_distill.training.leaves import check_leaves
 
 

@@ -7,11 +7,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import evaluate
-from ksr_distill.config import check_overrides
 from ksr_distill.degradation import JPEGDegradation
 from ksr_distill.evaluation import command
 from ksr_distill.evaluation.benchmark_images import write_image
 from ksr_distill.evaluation.feature_network import FeatureNetwork
+from ksr_distill.overrides import check_overrides
 from tests.evaluation.conftest import photo
 
 CONF = Path(evaluate.CONF) / "evaluation"
