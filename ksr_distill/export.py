@@ -1,4 +1,4 @@
-"""A checkpoint becomes a model folder: averaged weights, a card, and a check that it loads."""
+"""Exports a checkpoint as a model folder: averaged weights, a card, and a check that it loads."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ license: apache-2.0
 tags: [super-resolution, ksr_distill]
 ---
 """
-"""How every card begins: what the Hugging Face Hub reads of a model."""
+"""The start of every model card, which the Hugging Face Hub reads."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def averaged_unet(checkpoint: Mapping[str, Any]) -> KSRUNet:
-    """Return the network that is shipped: the EMA of the student, or of a trained teacher."""
+    """Return the network to export: the EMA of the student, or of a trained teacher."""
     record = checkpoint["ksr"]
     prefix = f"{record['kind']}_ema."
     weights = {
@@ -82,7 +82,7 @@ def pipeline_of(checkpoint: Mapping[str, Any]) -> DiffusionPipeline:
 def export_checkpoint(
     path: Path, folder: Path, *, fp16: bool, self_contained: bool, overwrite: bool
 ) -> None:
-    """Write the model folder of a checkpoint, reloaded and compared before it gets its name.
+    """Write the model folder of a checkpoint, after reloading it and comparing its pixels.
 
     Args:
         fp16: Add the half-precision variant.
@@ -116,10 +116,10 @@ def export_original(path: Path, file: Path, *, overwrite: bool) -> None:
 def blend_students(
     first: Path, second: Path, folder: Path, *, share: float, overwrite: bool
 ) -> None:
-    """Write the student between two of one teacher: (1 - share)·first + share·second, by weight.
+    """Write the interpolation of two students' weights: (1 - share)·first + share·second.
 
-    Both began at the same weights, so what lies between them works as well (network interpolation,
-    arXiv:1809.00219, §3.4): the one trades detail for fidelity, the other fidelity for detail.
+    Both started from the same teacher, so weights between theirs work as well (network
+    interpolation, arXiv:1809.00219, §3.4): a way to trade fidelity for detail without training.
 
     Args:
         first: A student's folder.
@@ -127,8 +127,8 @@ def blend_students(
         share: Of the second, in [0, 1].
 
     Raises:
-        ValueError: If the share is none, one is no student's folder, the two do not fit, or the
-            folder exists.
+        ValueError: If the share is outside [0, 1], a folder holds no student, the two do not fit,
+            or the output folder exists.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"--share {share} is outside 0…1, the part of {second}; use e.g. 0.5")
@@ -165,7 +165,7 @@ def _blendable(pipeline: KSRFlashPipeline) -> dict[str, Any]:
 
 
 def check_same_pixels(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Compare what a folder gives with what was saved in it, on a picture of noise.
+    """Compare the saved pipeline's pixels with the original's, on a picture of noise.
 
     Raises:
         ValueError: If a pixel differs.
@@ -182,7 +182,7 @@ def check_same_pixels(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 def latest_preview(checkpoint_path: Path, update: int) -> Path | None:
-    """Return the preview sheet of the run that belongs to this update, or the last before it."""
+    """Return the run's last preview sheet up to this update."""
     folder = checkpoint_path.resolve().parent.parent / "previews"
     sheets = sorted(folder.glob("update_*.png"))
     fitting = [sheet for sheet in sheets if int(sheet.stem.removeprefix("update_")) <= update]

@@ -70,7 +70,7 @@ def register(app: typer.Typer) -> None:
 
 
 def examine() -> Iterator[Finding]:
-    """Yield every finding; torchvision last, for its import may spoil the others."""
+    """Yield every finding; torchvision last, because importing it may break the others."""
     yield examine_python()
     for distribution, module in BASE_PACKAGES.items():
         yield examine_package(distribution, module, extra=None)

@@ -1,4 +1,4 @@
-"""One clear line for what the user can mend; a traceback only for what we must mend."""
+"""One line for mistakes of users; a traceback only for bugs."""
 
 import sys
 from collections.abc import Callable

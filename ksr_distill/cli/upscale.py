@@ -114,7 +114,7 @@ def upscale(
         is_dry_run=dry_run,
     )
     upscaler.check()
-    # A GPU leaves the host time to read the next picture and write the last one.
+    # With --fast the host is idle enough to read the next picture and write the last one meanwhile.
     at_once = 2 if fast and part.count == 1 else 1
     done = _run_all(upscaler, jobs, num_skipped=len(skipped), at_once=at_once)
     finished = [*done, *skipped]
@@ -133,7 +133,7 @@ def upscale(
 def _run_all(
     upscaler: "Upscaler", jobs: "list[Job]", *, num_skipped: int, at_once: int = 1
 ) -> "list[Job]":
-    """Run every job, whatever happens to the others; return those that went well."""
+    """Run every job, even if others fail; return those that succeeded."""
     from concurrent.futures import ThreadPoolExecutor
 
     from ksr_distill.cli.progress import UpscaleProgress

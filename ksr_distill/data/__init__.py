@@ -1,4 +1,4 @@
-"""From a folder of photos to shards, and from shards to crops in an order that survives a kill.
+"""From a folder of photos to shards, and from shards to crops, in an order that resumes exactly.
 
 Import a module, not this package: packing needs no torch, reading needs no webdataset.
 """

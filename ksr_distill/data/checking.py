@@ -1,4 +1,4 @@
-"""Whether shards are what they were when they were packed, and whether crops fit into them."""
+"""Checks that shards are undamaged, and that crops fit into their pictures."""
 
 import os
 import tarfile
@@ -41,7 +41,7 @@ class CheckReport(NamedTuple):
 def check_shards(
     shards: Sequence[Path], *, num_workers: int, on_progress: Callable[[int, int], None]
 ) -> CheckReport:
-    """Read everything and say what is wrong.
+    """Read all shards completely and report every problem.
 
     Args:
         num_workers: Processes; 0 does it in this one.

@@ -1,4 +1,4 @@
-"""The index beside each shard: where every member lies, how long it is, and its checksum.
+"""The index beside each shard: offset, size and checksum of every member.
 
 One JSON file a shard, ``train-000000.index.json`` beside ``train-000000.tar``. The first line alone
 holds the header, so that 20 000 shards are planned without reading a single member's line:
@@ -151,7 +151,7 @@ def read_index(shard: Path) -> ShardIndex:
 
 
 def load_member(descriptor: int, member: Member) -> Image.Image:
-    """Return a member's picture from the open tar, after its checksum was found right.
+    """Return a member's picture from the open tar, after verifying its checksum.
 
     Raises:
         PICTURE_ERRORS: If it is not what the index says; the message is the reason alone.

@@ -1,4 +1,4 @@
-"""Batches of crops, one an update, and what to say when they do not come."""
+"""Loaders that yield one batch per update, with clear errors when a worker fails."""
 
 import atexit
 import logging
@@ -45,10 +45,10 @@ class ValidationBatch(NamedTuple):
 
 
 class CorruptionBudget:
-    """Counts the pictures that could not be used, names each once, and stops beyond the budget.
+    """Counts the pictures that could not be used, and stops the run beyond a budget.
 
     Args:
-        budget: Different pictures that may be passed over, per process since it started.
+        budget: How many different pictures each process may replace since its start.
     """
 
     def __init__(self, budget: int) -> None:
@@ -110,7 +110,7 @@ class UpdateLoader:
     def __iter__(self) -> Iterator[HiresBatch]:
         batches = iter(self.loader)
         stop = partial(_stop_workers, batches)
-        atexit.register(stop)  # before multiprocessing's own, which waits for workers for ever
+        atexit.register(stop)  # runs before multiprocessing's handler, which would wait for ever
         try:
             for update in range(self.start_update, self.num_updates):
                 batch = self._next(batches, update)
@@ -128,7 +128,7 @@ class UpdateLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Check that training continues where the checkpoint's loader stopped.
 
-        Other shards or another batch size are allowed, but said: the epoch is not exact then.
+        Other shards or another batch size are allowed, with a warning: the epoch is not exact then.
 
         Raises:
             ValueError: If start_update was set to another update.
@@ -167,9 +167,9 @@ class UpdateLoader:
 
 
 def explain_lost_worker(error: Exception) -> None:
-    """Raise a clearer error if this one is of a loader worker that died.
+    """Raise a clearer error if this one reports a loader worker that died.
 
-    Torch raises it from a signal's handler, so that it comes up wherever the training stands.
+    Torch raises it from a signal handler, so it can surface anywhere in the training.
 
     Raises:
         ChildProcessError: With what to lower.
@@ -193,11 +193,11 @@ def collate_update(samples: list[HiresSample]) -> HiresBatch:
 
 
 def prepare_worker(_worker: int) -> None:
-    """Leave the signals of Slurm and Ctrl-C to the training process, and end when it is gone.
+    """Make a worker ignore the signals that the training handles, and end with the training.
 
-    Slurm signals every process of a step. A worker that dies of SIGUSR1 or SIGTERM takes the
-    training down before it could save. torch ends a worker whose parent has died; but a
-    forkserver's workers are its children, and both would stay for ever, 350 MB each.
+    Slurm signals every process of a step, and a worker that dies of SIGUSR1 or SIGTERM would take
+    the training down before it can save. torch ends workers whose parent has died, but the parent
+    of a forkserver's workers is the forkserver: both would stay for ever, 350 MB each.
     """
     training = multiprocessing.parent_process()
     if training is not None:
@@ -212,8 +212,8 @@ def _end_with(training: Any) -> None:
 
 
 def _stop_workers(batches: Any) -> None:
-    # torch asks the workers to end, then sends SIGTERM to those that hang in a read. But they
-    # ignore it (prepare_worker), and the interpreter would wait for them at its end.
+    # torch asks the workers to end, then sends SIGTERM to those that hang in a read. They ignore it
+    # (prepare_worker), and the interpreter would wait for them when it exits.
     if hasattr(batches, "_shutdown_workers"):
         batches._shutdown_workers()
         for worker in batches._workers:

@@ -1,9 +1,9 @@
-"""A folder of photos → shards with an index each: the same bytes however often it was killed.
+"""Packs a folder of photos into indexed shards; resumable, with byte-identical results.
 
-Which files a shard holds is settled before the first is read: files are ordered by a hash of their
-path, split into train and validation by it, and cut into equal groups. So each shard depends on its
-own files alone; a shard whose index exists is finished, and a run that is started again does the
-others. A tar is written to ``.tmp``, synced, renamed; its index comes last.
+Which files a shard holds is decided before any is read: files are ordered by a hash of their path,
+split into train and validation by it, and cut into equal groups. So each shard depends only on its
+own files. A shard whose index exists is finished; a restarted run makes the others. A tar is
+written to ``.tmp``, synced and renamed, then its index is written.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from ksr_distill.durable import flush_to_disk, replace_file
 
 SPLITS = ("train", "val")
 MANIFEST = "pack.json"
-FEW_FILES = 64  # done before processes have started
+FEW_FILES = 64  # packed faster than worker processes start
 
 
 class PackReport(NamedTuple):
@@ -62,10 +62,10 @@ def pack_folder(
     num_workers: int,
     on_progress: Callable[[int, int], None],
 ) -> PackReport:
-    """Pack the photos below a folder into shards; do what is not done yet.
+    """Pack the photos below a folder into shards, skipping those that are finished.
 
     Args:
-        num_workers: At most so many processes decode and encode; none are started for a few files.
+        num_workers: Processes that decode and encode; none are started for a few files.
         on_progress: Told the files done and the files in all.
 
     Raises:

@@ -1,10 +1,10 @@
-"""The order of samples: a position, counted over the whole training, to (epoch, shard, member).
+"""The order of samples: maps a position in the whole training to (epoch, shard, member).
 
-Shards are permuted anew each epoch, samples within windows of W permuted shards; both by Philox
-keyed with (seed, epoch, window). Every sample comes once an epoch. There is no state: a training
-that is killed and started again, on any number of processes, asks for the same positions and gets
-the same samples. The first position costs two permutations, of the shards and of one window,
-however many shards there are.
+Shards are permuted anew each epoch, and samples within windows of W permuted shards; both by Philox
+keyed with (seed, epoch, window). Every sample occurs once an epoch. There is no state: a restarted
+training, on any number of processes, asks for the same positions and gets the same samples. The
+first position costs two permutations, of the shards and of one window, however many shards there
+are.
 
 The global batch of update u (from 0) is positions [u·B, (u+1)·B). It is cut into
 world_size × accumulate micro-batches; the i-th of a rank is number rank·accumulate + i.
@@ -81,7 +81,7 @@ class SamplePlan:
         return Place(number, int(epoch.shards[slot]), within - before)
 
     def substitute(self, position: int, attempt: int) -> Place:
-        """Return where to look instead when the position's own sample cannot be used.
+        """Return the place of a substitute for a position's sample that cannot be used.
 
         Args:
             attempt: 1, 2, … for the first, second, … substitute; all of the position's own epoch.

@@ -18,7 +18,7 @@ from ksr_distill.data.pictures import PICTURE_ERRORS, as_array
 from ksr_distill.data.plan import Place, SamplePlan, draw_crop
 
 MAX_SUBSTITUTES = 32
-"""A position that meets this many unusable pictures in a row has met a lost disk."""
+"""After this many unusable pictures in a row the disk is probably lost."""
 
 
 class UnusableMemberError(ValueError):
@@ -29,7 +29,7 @@ class UnusableMemberError(ValueError):
 
 
 class HiresSample(NamedTuple):
-    """A crop, and what had to be passed over to get it ("shard: key: reason").
+    """A crop, and the unusable pictures that it replaces ("shard: key: reason").
 
     The position is -1 in a stream, which has none.
     """
@@ -52,7 +52,7 @@ class ShardReader:
         self._open: OrderedDict[int, tuple[int, ShardIndex]] = OrderedDict()
 
     def __getstate__(self) -> dict:
-        """Travel to a worker without the open files."""
+        """Pickle without the open files, for a worker process."""
         return {**self.__dict__, "_open": OrderedDict()}
 
     def picture(
@@ -100,8 +100,8 @@ class ShardReader:
 class ShardDataset(Dataset[HiresSample]):
     """``dataset[position]``: the crop that a position of the plan sees, as uint8.
 
-    A picture that cannot be used is replaced by another one of the same epoch; which, is again a
-    function of (seed, position), so that it does not depend on who reads it.
+    A picture that cannot be used is replaced by another one of the same epoch, which is again a
+    function of (seed, position): it does not depend on the process that reads it.
 
     Args:
         flip_prob: Share of crops that are mirrored left to right.

@@ -1,4 +1,4 @@
-"""From hires to lowres: what a user's picture has suffered. On the batch, on its device, seeded."""
+"""Degradations from hires to lowres: on whole batches, on their device, seeded."""
 
 from ksr_distill.degradation.bicubic import BicubicDegradation
 from ksr_distill.degradation.blur import Blur

@@ -1,4 +1,4 @@
-"""What every degradation promises, so that training, packing and evaluation need no cases."""
+"""The interface of all degradations."""
 
 from typing import Protocol, runtime_checkable
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @runtime_checkable
 class Degradation(Protocol):
-    """Makes the low-resolution image that a user might have had."""
+    """Makes a plausible low-resolution input of a high-resolution image."""
 
     @property
     def scale(self) -> int:
@@ -54,5 +54,5 @@ def check_sides(hires: Float[Tensor, "b 3 H W"], scale: int) -> None:
 
 
 def in_full_precision(device: torch.device) -> torch.autocast:
-    """Return a context without autocast: bf16 has 8 bits, a file's levels need them all."""
+    """Return a context without autocast: bf16 cannot represent all 256 levels."""
     return torch.autocast(device.type, enabled=False)

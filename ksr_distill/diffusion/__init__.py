@@ -1,4 +1,4 @@
-"""Schedules and samplers: how noise is added, and how it is taken away in few steps or many."""
+"""Noise schedules, and the samplers of student and teacher."""
 
 from ksr_distill.diffusion.few_step import (
     FIRST_STUDENT_TIMESTEP,

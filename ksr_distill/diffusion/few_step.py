@@ -1,4 +1,4 @@
-"""The one few-step sampling loop: training's roll-outs, previews, evaluation and the pipeline."""
+"""The few-step sampling loop of roll-outs, previews, evaluation and the pipeline alike."""
 
 from collections.abc import Sequence
 from itertools import count, pairwise
@@ -33,7 +33,7 @@ def student_timesteps(num_inference_steps: int) -> tuple[int, ...]:
 
 
 def are_falling_timesteps(timesteps: object) -> bool:
-    """Tell whether these can be sampled one after the other: whole, falling, within 0…999."""
+    """Return whether these are strictly falling integers within 0…999."""
     return (
         isinstance(timesteps, Sequence)
         and len(timesteps) > 0

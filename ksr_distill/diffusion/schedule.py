@@ -24,7 +24,7 @@ def cosine_betas(num_train_timesteps: int) -> Float[Tensor, " t"]:
 
 
 class NoiseSchedule:
-    """ᾱ_t in double precision, handed out as float32 factors that broadcast over images.
+    """ᾱ_t in double precision, with float32 factors that broadcast over images.
 
     Args:
         kind: ``linear`` for the super-resolution U-Nets, ``cosine`` for the latent refiner.
@@ -72,7 +72,7 @@ class NoiseSchedule:
         return t.clamp(max=self.num_train_timesteps - 1)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Return √ᾱ, √(1 - ᾱ) and -log-SNR; copied once, because a copy waits for the device."""
+        """Return √ᾱ, √(1 - ᾱ) and -log-SNR; copied once per device, as a copy synchronises."""
         if device not in self._tables:
             tables = (self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt(), -self.log_snr())
             a, s, rising = (table.float().to(device) for table in tables)

@@ -1,4 +1,4 @@
-"""How the teacher samples: DPM-Solver++ in windows, or DDIM as the reference of many steps."""
+"""The teacher's samplers: DPM-Solver++ in windows as released, and DDIM as many-step reference."""
 
 import copy
 import math
@@ -47,7 +47,7 @@ def sample_teacher(
 ) -> Float[Tensor, "b 3 H W"]:
     """Return the teacher's sample: DPM-Solver++ (2M), windows averaged after every step.
 
-    Each step denoises every window with a solver of its own, whose memory is that window's earlier
+    Each step denoises every window with a solver of its own, which keeps that window's previous
     estimate, and averages the overlaps (MultiDiffusion, arXiv:2302.08113, eq. 5). Five steps are
     t = 999, 799, 599, 400, 200 (the released sampler).
 
@@ -122,5 +122,5 @@ def _slices(view: View) -> tuple[slice, slice, slice, slice]:
 
 
 def _cut(image: Tensor, views: Sequence[View]) -> Tensor:
-    """Return the windows one behind the other: (views · b, c, h, w)."""
+    """Return the windows concatenated along the batch: (views · b, c, h, w)."""
     return torch.cat([image[_slices(view)] for view in views])

@@ -1,4 +1,4 @@
-"""What evaluate.py does once its config is composed."""
+"""Runs evaluate.py's composed config: candidates, benchmark, report."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a picture costs: seconds, and memory above the resting model."""
+"""Measures time, and peak memory above that of the loaded model."""
 
 import time
 from collections.abc import Callable

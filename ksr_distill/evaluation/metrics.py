@@ -76,9 +76,9 @@ def lowres_consistency_psnr(
 ) -> Float[Tensor, " b"]:
     """Return the PSNR in dB (RGB, no border cropped) after shrinking both by area.
 
-    It says whether the image still means its lowres. Area, whatever the degradation was: the same
-    operator A as in the student's lowres-consistency loss. A rest of less than `scale` pixels at
-    the right and the bottom is left out.
+    High if the image is consistent with its lowres. Reduced by area whatever the degradation was:
+    the same operator A as in the student's lowres-consistency loss. At the right and bottom a rest
+    of less than `scale` pixels is left out.
     """
     return psnr(F.avg_pool2d(images, scale), F.avg_pool2d(hires, scale), peak=2.0)
 

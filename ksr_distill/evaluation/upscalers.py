@@ -1,4 +1,4 @@
-"""Baselines, teachers and students behind one call: a lowres in, a hires out."""
+"""Baselines, teachers and students behind one interface."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ ORIGINAL, LOWRES = RESERVED_NAMES = ("original", "lowres")
 
 
 class Estimate(NamedTuple):
-    """What a sampler believed after one of its steps."""
+    """A sampler's estimate after one of its steps."""
 
     step: int
     """Counted from 1."""
@@ -212,7 +212,7 @@ class StepRecorder:
             self.estimates.append(Estimate(step + 1, to_levels(cropped).byte().cpu()))
 
     def watch(self, denoise: Denoiser) -> Denoiser:
-        """Return the denoiser, seen by this recorder at every call."""
+        """Return the denoiser with every estimate recorded."""
         calls = 0
 
         def watched(x_t: Tensor, t: Tensor, lowres: Tensor) -> Tensor:

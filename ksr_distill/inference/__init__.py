@@ -1,6 +1,6 @@
-"""Using the models: the pipeline, tiles of any picture, and huge outputs in little memory.
+"""Using the models: pipelines, tiling, picture files, and outputs larger than memory.
 
-Names are looked up when they are used: importing this room loads neither torch nor diffusers.
+Names are imported when they are used: importing this package loads neither torch nor diffusers.
 """
 
 from importlib import import_module

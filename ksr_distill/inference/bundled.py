@@ -1,4 +1,4 @@
-"""The small models that the package brings along: pictures are enlarged without a download."""
+"""The small models shipped with the package, so that nothing needs to be downloaded."""
 
 from importlib.resources import files
 from pathlib import Path

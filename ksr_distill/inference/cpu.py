@@ -1,4 +1,4 @@
-"""What makes a CPU fast: its own half precision, and memory that it keeps."""
+"""Speed on a CPU: detection of bfloat16 instructions, and settings of malloc."""
 
 import ctypes
 import sys
@@ -11,7 +11,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def multiplies_bf16() -> bool:
-    """Tell whether this CPU has instructions for bfloat16 products (AVX512-BF16, or AMX).
+    """Return whether this CPU has instructions for bfloat16 products (AVX512-BF16, or AMX).
 
     They double the rate of convolutions: 366 GFLOP/s instead of 192 on two cores of an EPYC 9004
     (measured). Without them bfloat16 is emulated, slower than float32. A four-step picture is
@@ -21,7 +21,7 @@ def multiplies_bf16() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep blocks up to a gigabyte for its next tensors.
+    """Let malloc keep freed blocks of up to a gigabyte for the next tensors.
 
     glibc returns large blocks to the system at once, which zeroes them page by page when they are
     wanted again: a fifth of the time at tiles of 1088 px (measured). Only for a program of our own:
@@ -34,7 +34,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return to the system what was kept for tensors, once other work begins.
+    """Return the memory kept by malloc to the system, before other work begins.
 
     Writing a large picture takes 100 MB of libvips' own; on top of kept memory that would be the
     peak (measured at 16384×16384). Elsewhere than on glibc it does nothing.

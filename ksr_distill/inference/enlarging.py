@@ -1,4 +1,4 @@
-"""What the student's pipeline and the teacher's share: a picture through passes to any scale."""
+"""The base of both pipelines: enlarges pictures to any scale in passes of the model's own."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from ksr_distill.types import StepObserver
 StepCallback = Callable[[DiffusionPipeline, int, int, dict[str, Tensor]], dict[str, Tensor] | None]
 
 MAX_SIDE_PX = 2**31 - 1
-"""What PNG and libvips can count."""
+"""The largest side that PNG and libvips can represent."""
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 
@@ -39,18 +39,18 @@ class EnlargingPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Of the call at work or the last one: sampling steps of each batch of tiles."""
+        """Sampling steps for each batch of tiles, in the current or last call."""
         return self._num_timesteps
 
     def register_modules(self, **components: ModelMixin | None) -> None:
-        """Take the components; on a CPU, their weights at addresses that suit it."""
+        """Register the components, with their weights aligned in memory."""
         for component in components.values():
             if component is not None:
                 align_weights(component)
         super().register_modules(**components)
 
     def register_to_config(self, **kwargs: object) -> None:
-        """Record our classes by the room they are imported from: that path is public for good."""
+        """Record our classes by their public module path, which must never change."""
         super().register_to_config(**{name: public_path(value) for name, value in kwargs.items()})
 
     @classmethod
@@ -127,7 +127,7 @@ class EnlargingPipeline(DiffusionPipeline):
         return resized(enlarged, source, scale)
 
     def register_settings(self, **settings: object) -> None:
-        """Record what is not a network.
+        """Record settings in the config.
 
         Raises:
             ValueError: If one is not allowed.
@@ -137,10 +137,10 @@ class EnlargingPipeline(DiffusionPipeline):
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
-        """Refuse what no picture can be made with; a subclass checks its own settings, too.
+        """Refuse settings that are not allowed; subclasses check their own ones, too.
 
         Args:
-            settings: Those that are given; the others are the constructor's.
+            settings: Those given; the constructor's defaults are not among them.
 
         Raises:
             ValueError: If one is not allowed.
@@ -148,7 +148,7 @@ class EnlargingPipeline(DiffusionPipeline):
         check_whole(settings, "scale", lowest=2)
 
     def check_scale(self, scale: float | int | None) -> None:
-        """Refuse what is no enlargement, or of which no file could hold the result."""
+        """Refuse a scale below 1, or one whose result no file could hold."""
         if scale is not None and not 1 <= scale <= MAX_SIDE_PX:
             raise ValueError(
                 f"scale={scale} is no enlargement; use any number from 1 to {MAX_SIDE_PX}"
@@ -192,7 +192,7 @@ class EnlargingPipeline(DiffusionPipeline):
     def _observer(
         self, callback: StepCallback | None, tensor_inputs: Sequence[str]
     ) -> StepObserver | None:
-        """Return what shows the callback each step, and takes its pred_x_0 back."""
+        """Return an observer that calls the callback and passes on the pred_x_0 that it returns."""
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             tensor_inputs = callback.tensor_inputs
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
@@ -217,7 +217,7 @@ MODELS = "ksr_distill.models"
 
 
 def public_path(value: object) -> object:
-    """Return (module, class) with our inner modules left out, and anything else as it is."""
+    """Return (module, class) with the public module of our classes; anything else unchanged."""
     if isinstance(value, tuple) and str(value[0]).startswith(f"{MODELS}."):
         return (MODELS, *value[1:])
     return value
@@ -257,10 +257,10 @@ def check_index(index: object, component_names: Sequence[str], *, where: str) ->
 
 
 def own_classes(index: dict[str, Any]) -> dict[str, Any]:
-    """Return the index of a self-contained folder as if it were a plain one.
+    """Return the index of a self-contained folder with this package's classes.
 
-    Such a folder carries copies of our code for those who lack the package; whoever has it needs
-    no ``trust_remote_code``. The copies themselves leave the index as it is.
+    Such a folder carries copies of our code for users without the package; with the package no
+    ``trust_remote_code`` is needed. Within those copies the index is returned unchanged.
     """
     if not __name__.startswith("ksr_distill."):
         return index

@@ -1,4 +1,4 @@
-"""What a job will take, before it starts: pixels, tiles, time, memory and disk."""
+"""Estimates a job before it starts: pixels, tiles, time, memory and disk."""
 
 import math
 import shutil
@@ -77,7 +77,7 @@ def estimate_job(
     bits: int,
     seconds_per_px: Sequence[float] | None,
 ) -> Estimate:
-    """Return what it takes to enlarge a picture.
+    """Return the estimate of enlarging a picture.
 
     Args:
         name: The format to write.

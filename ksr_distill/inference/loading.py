@@ -1,4 +1,4 @@
-"""A model folder onto a device, in the dtype that suits it."""
+"""Loads a model folder onto a device, in a suitable dtype."""
 
 import logging
 import warnings

@@ -1,4 +1,4 @@
-"""How much memory a tile takes, and how large a tile the memory allows."""
+"""Estimates of a tile's memory, and the largest tile that fits."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,15 +23,15 @@ than 1.5 GB."""
 
 @runtime_checkable
 class Worker(Protocol):
-    """What is asked about its memory: a pass."""
+    """What the largest tile is found for: a pass."""
 
     @property
     def largest_tile_px(self) -> int | None:
-        """A bound of the network's own on the side of a tile."""
+        """The largest side of a tile that the network allows; None: no limit."""
         ...
 
     def working_bytes(self, tile_px: int, batch: int) -> int:
-        """Return about what the weights and a batch of tiles need."""
+        """Return an estimate of the memory for the weights and a batch of tiles."""
         ...
 
 
@@ -44,7 +44,7 @@ def peak_bytes(
     device: torch.device,
     accelerated_per_px: float,
 ) -> int:
-    """Return about what networks need for their weights and the widest of their forwards.
+    """Return an estimate of the memory for the networks' weights and the largest of their forwards.
 
     Args:
         px: Pixels at once, all of a batch.
@@ -71,7 +71,7 @@ def largest_fitting_tile(worker: Worker, device: torch.device) -> int:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Return what the device has left; on a CPU within the container's limit."""
+    """Return the device's free memory; on a CPU within the container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = psutil.virtual_memory().available

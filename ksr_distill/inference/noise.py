@@ -1,6 +1,6 @@
-"""Noise that belongs to a place: a function of (seed, stage, draw, absolute pixel coordinate).
+"""Noise as a function of (seed, stage, draw, absolute pixel coordinate).
 
-A tile asks for its window of an endless noise picture. So the result depends neither on the order
+Each tile takes its window of one infinite noise picture. So the result depends neither on the order
 of the tiles, nor on how many are denoised at once, nor on how many processes share them, and
 neighbouring tiles see the same noise where they overlap. The numbers come from Philox-4x32-10, a
 counter-based generator (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011):
@@ -31,7 +31,7 @@ because the hundred passes then stay in the cache (measured, 2 cores)."""
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle of an endless noise picture, in its pixels; the corner may be anywhere ≥ 0."""
+    """A rectangle of the noise picture, in pixels; top and left may be any number ≥ 0."""
 
     top: int
     left: int

@@ -1,4 +1,4 @@
-"""Small cards: the networks take turns on the device and wait in page-locked memory."""
+"""For small GPUs: one network at a time is on the device, the others in pinned memory."""
 
 from typing import Any
 

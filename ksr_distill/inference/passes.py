@@ -1,4 +1,4 @@
-"""Running a pass: every tile of a picture once through a network, in the memory that there is."""
+"""Runs a pass: every tile of a picture through a network, within the memory available."""
 
 import logging
 import math
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 SMALLEST_TILE_PX = 64
 
 CPU_OVERLAP_PX = 48
-"""At most a student's on a CPU, where none is given: a megapixel doubled is then four tiles of 1024
-px with 5 % of its pixels computed twice; 160 px made that 18 %. Against the picture made whole, the
-band around a border is at 54.4 dB with 16 px, 54.9 with 48, 55.7 with 96 (measured)."""
+"""Largest default overlap of a student's tiles on a CPU. A megapixel doubled is then four tiles of
+1024 px with 5 % of its pixels computed twice (18 % with 160 px). A border's band differs from the
+picture made in one piece by 54.4 dB with 16 px, 54.9 with 48, 55.7 with 96 (measured)."""
 
 STUDENT_SCHEDULE = NoiseSchedule("linear")
-"""One for all tiles: its tables are copied to the device once, and a copy waits for the device."""
+"""Shared by all tiles, so that its tables are copied to the device only once."""
 
 POLL_SECONDS, MAX_POLL_SECONDS = 0.1, 10.0
 
@@ -50,26 +50,26 @@ class TilePass(Protocol):
 
     @property
     def align(self) -> int:
-        """What the corners and sides of tiles must be multiples of, in output pixels."""
+        """Corners and sides of tiles must be multiples of this, in output pixels."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which dtype finished tiles are kept without loss."""
+        """The dtype in which finished tiles are stored without loss."""
         ...
 
     @property
     def largest_tile_px(self) -> int | None:
-        """A bound of the network's own on the side of a tile."""
+        """The largest side of a tile that the network allows; None: no limit."""
         ...
 
     @property
     def widest_overlap_px(self) -> int | None:
-        """A bound of its own on the overlap of tiles, where none is given."""
+        """The largest default overlap of tiles; None: no limit."""
         ...
 
     def working_bytes(self, tile_px: int, batch: int) -> int:
-        """Return about what the weights and a batch of tiles need."""
+        """Return an estimate of the memory for the weights and a batch of tiles."""
         ...
 
     def __call__(
@@ -100,7 +100,7 @@ class SuperResolutionPass:
 
     @property
     def widest_overlap_px(self) -> int | None:
-        """On a CPU, where time counts more than the last tenths of a dB at a border."""
+        """Limited on a CPU, where time matters more than the last tenths of a dB at a border."""
         return CPU_OVERLAP_PX if self.device.type == "cpu" else None
 
     def working_bytes(self, tile_px: int, batch: int) -> int:
@@ -121,8 +121,8 @@ class SuperResolutionPass:
     ) -> Float[Tensor, "b 3 H W"]:
         """Return the enlarged tiles.
 
-        A CPU takes them one by one: it gains nothing by a batch, and oneDNN rounds in another way
-        for another batch size (1e-6, measured), so that a pixel would depend on it.
+        A CPU takes them one at a time: batches gain nothing there, and oneDNN rounds differently
+        for each batch size (1e-6, measured), so pixels would depend on it.
         """
         if self.device.type == "cpu" and len(windows) > 1:
             return torch.cat(
@@ -176,7 +176,7 @@ class Tiling:
         )
 
     def smaller(self, plan: TilePlan, align: int) -> "Tiling":
-        """Return what needs half the memory: half the batch, then half the tile."""
+        """Return a tiling for about half the memory: half the batch, or else half the tile."""
         if self.batch > 1:
             return replace(self, batch=self.batch // 2)
         side = max(plan.rows.tile, plan.columns.tile)
@@ -259,7 +259,7 @@ def run_pass(
 
 
 def wait_until_whole(raster: BlendedRaster) -> None:
-    """Return when every tile is there, made by this process or by another."""
+    """Wait until every tile is finished, by this process or by another."""
     wait = POLL_SECONDS
     while missing := sum(not raster.store.is_done(i) for i in range(len(raster.plan))):
         logger.info("waiting for %d tiles of other processes", missing)
@@ -307,7 +307,7 @@ def _read_input(source: Raster, window: Window, factor: int) -> Float[Tensor, "3
 def _unless_out_of_memory(
     tile_pass: TilePass, tiles: Tensor, windows: Sequence[Window]
 ) -> Tensor | None:
-    """Return the results, or nothing (and everything freed) when memory ran out."""
+    """Return the results, or None if memory ran out, with everything freed."""
     try:
         return tile_pass(tiles, windows)
     except RuntimeError as error:
@@ -319,7 +319,7 @@ def _unless_out_of_memory(
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether an allocation failed, on an accelerator or on the CPU."""
+    """Return whether an allocation failed, on an accelerator or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 

@@ -20,11 +20,11 @@ from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
 from ksr_distill.types import StepObserver
 
 COLOUR_CELL_PX = 64
-"""Over how many pixels ``match_colours`` averages: one latent of the refiner's coarsest level."""
+"""Side of the cells over which ``match_colours`` averages: one latent of the coarsest level."""
 
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return in what tiles of a network in this dtype are kept: bfloat16 rounds to half levels."""
+    """Return the dtype for storing a network's tiles; bfloat16 would round to half levels."""
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
@@ -36,14 +36,14 @@ class KSRFlashPipeline(EnlargingPipeline):
 
     Args:
         sr: The student.
-        refiner: Kandinsky 3.0 Flash as an image refiner, or nothing.
-        movq: The refiner's latent space, or nothing.
-        context: The refiner's one prompt, or nothing.
+        refiner: Kandinsky 3.0 Flash as an image refiner; optional.
+        movq: The refiner's autoencoder; optional.
+        context: The refiner's fixed prompt; optional.
         student_timesteps: The timesteps the student was trained for, noisiest first.
         scale: The factor the student was trained for.
 
     Raises:
-        ValueError: If the timesteps do not fall within 0…999, or the scale is none.
+        ValueError: If the timesteps do not fall within 0…999, or the scale is not allowed.
     """
 
     model_cpu_offload_seq = "sr->refiner->movq"
@@ -66,7 +66,7 @@ class KSRFlashPipeline(EnlargingPipeline):
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> None:
-        """Refuse a scale that is none, and timesteps that do not fall.
+        """Refuse a scale below 2, and timesteps that do not fall.
 
         Raises:
             ValueError: If one is not allowed.
@@ -118,8 +118,8 @@ class KSRFlashPipeline(EnlargingPipeline):
             output_type: ``pil`` (with the transparency of a PIL source), ``np`` ((b, H, W, 3) in
                 [0, 1]) or ``pt`` ((b, 3, H, W) in [0, 1], on the CPU); lists where sizes differ.
             callback_on_step_end: Called with (pipeline, step, t, tensors) after each of the
-                student's steps on each batch of tiles; a "pred_x_0" that it returns is taken
-                instead. A callback object of diffusers will do, too.
+                student's steps on each batch of tiles; may return {"pred_x_0": …} to replace it.
+                diffusers' callback objects work, too.
             callback_on_step_end_tensor_inputs: Which of ``_callback_tensor_inputs`` it is shown.
         """
         self._num_timesteps = len(self._timesteps(num_inference_steps))

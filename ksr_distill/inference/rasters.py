@@ -1,4 +1,4 @@
-"""Pictures that are read window by window, whether they lie in memory, in a file or in tiles."""
+"""Pictures that are read window by window, from memory, a file or tiles."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,13 +1,13 @@
-"""Tiles of one fixed size that cover any picture, and the blending that hides their borders.
+"""Tiles of one size that cover a picture, and the blending that hides their borders.
 
 Each tile is sampled alone through all its steps, and only finished tiles are blended, where
 MultiDiffusion (arXiv:2302.08113) blends after each step. Three reasons. The noise is a function of
 the place (``noise.py``), so overlapping tiles agree anyway: in the ramps both ways are 52.8 dB from
-the picture made whole (quickstart's student, measured). A tile needs no other tile, so tiles can be
-shared by processes, stored, and resumed in any order. And a picture comes out the same whether its
-canvas fits into memory or is streamed, because there is only one way to make it.
+the picture made in one piece (quickstart's student, measured). A tile needs no other tile, so tiles
+can be shared by processes, stored, and resumed in any order. And the result is the same whether the
+canvas fits into memory or is streamed, because both take the same path.
 
-The tiles have one size because GroupNorm makes the output depend on it.
+All tiles have one size because with GroupNorm the output depends on it.
 """
 
 import math
@@ -73,10 +73,10 @@ def rising(width: int) -> Float[Tensor, " n"]:
 
 
 def plan_axis(length: int, *, tile: int, overlap: int, align: int) -> AxisPlan:
-    """Return the fewest tiles that cover the length, and no larger than it takes.
+    """Return the fewest tiles that cover the length, and these as small as possible.
 
-    Every start is a multiple of ``align``. Sides are multiples of about SIDE_QUANTUM_PX: that keeps
-    the shapes few that a compiled network meets.
+    Every start is a multiple of ``align``. Sides are multiples of about SIDE_QUANTUM_PX, so that a
+    compiled network meets few different shapes.
 
     Args:
         tile: The largest side. With 1024 and an overlap of 128, a length of 2048 becomes three
@@ -141,10 +141,10 @@ def plan_tiles(height: int, width: int, *, tile_px: int, overlap_px: int, align:
 
 @runtime_checkable
 class TileStore(Protocol):
-    """Where finished tiles wait to be blended."""
+    """Stores finished tiles until they are blended."""
 
     def refresh(self) -> None:
-        """Notice what other processes have made in the meantime."""
+        """Look for tiles that other processes have finished meanwhile."""
         ...
 
     def is_done(self, index: int) -> bool:

@@ -30,7 +30,7 @@ from ksr_distill.inference.writing import FORMATS, check_target, write_picture
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the pixels, beside the picture and the model.
+    """All settings that determine the pixels, besides the picture and the model.
 
     Attributes:
         seed: As ``torch.Generator().manual_seed(seed)`` given to the pipeline.
@@ -53,27 +53,27 @@ class Settings:
 
 @runtime_checkable
 class Progress(Protocol):
-    """Who is told how a picture comes along."""
+    """Receives the progress of a picture."""
 
     def planned(self, job: Job, picture: Picture, estimate: Estimate) -> None:
-        """Hear the plan before the first tile."""
+        """Called with the plan, before the first tile."""
         ...
 
     def tile_done(self) -> None:
-        """Hear of each finished tile."""
+        """Called after each finished tile."""
         ...
 
 
 @dataclass(frozen=True)
 class Upscaler:
-    """A loaded pipeline with its settings, for one picture after the other.
+    """A loaded pipeline with its settings, for any number of pictures.
 
     Attributes:
         shard: With a count above 1, the tiles of each picture are shared with other processes.
         measure: Times the passes for large jobs; null prints no time.
         is_dry_run: Plan and check, but make nothing.
-        turn: Held while a picture is computed: one at a time, but another thread may read or write
-            its own meanwhile.
+        turn: A lock held while a picture is computed, so that other threads can only read and
+            write theirs meanwhile.
     """
 
     pipeline: KSRFlashPipeline | KSRTeacherPipeline
@@ -84,10 +84,10 @@ class Upscaler:
     turn: AbstractContextManager[Any] = field(default_factory=Lock)
 
     def run(self, job: Job, progress: Progress) -> None:
-        """Enlarge one picture; where its tiles are shared, the first process writes the file.
+        """Enlarge one picture; if its tiles are shared, the first process writes the file.
 
         Raises:
-            ValueError: If the picture, or the format for its size, will not do.
+            ValueError: If the picture is unusable, or the format cannot hold its size.
             OSError: If it cannot be read or written.
         """
         settings = self.settings
@@ -112,7 +112,7 @@ class Upscaler:
             self._make(job, picture, passes, tiling, workspace, bits=bits, progress=progress)
 
     def check(self) -> None:
-        """Refuse settings with which no picture can be enlarged, before the first is opened."""
+        """Refuse invalid settings before any picture is opened."""
         passes = self._passes()
         plan_passes(1, 1, passes, self._tiling(passes))
 

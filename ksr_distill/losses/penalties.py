@@ -1,4 +1,4 @@
-"""What keeps the critic's slope finite. All three penalise the heads, never the trunk."""
+"""Gradient penalties that bound the critic's slope; all act on the heads, never on the trunk."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -22,7 +22,7 @@ class Heads(Protocol):
 def scores_and_r1(
     heads: Heads, features: Sequence[Tensor], t: Tensor
 ) -> tuple[list[Tensor], Float[Tensor, ""]]:
-    """Return the heads' maps of the real features and their R1 penalty, both to be differentiated.
+    """Return the heads' scores of the real features and their R1 penalty, both differentiable.
 
     Args:
         features: The heads' inputs, detached from the trunk.

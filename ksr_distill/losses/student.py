@@ -1,4 +1,4 @@
-"""Optional student terms beside the adversarial one. None of them needs a second network."""
+"""Optional student losses beside the adversarial one; none needs another network."""
 
 from collections.abc import Sequence
 

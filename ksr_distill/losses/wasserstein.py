@@ -1,4 +1,4 @@
-"""The Wasserstein game (arXiv:1701.07875, eq. 2–3). It never saturates, unlike the hinge loss.
+"""The Wasserstein loss (arXiv:1701.07875, eq. 2–3). Unlike the hinge loss it never saturates.
 
 ``scores`` are a critic's maps, one tensor (b, 1, h_k, w_k) a level. D(u) is the mean over levels of
 the mean over places.
@@ -17,12 +17,12 @@ def mean_score(scores: Sequence[Tensor]) -> Float[Tensor, ""]:
 
 
 def critic_loss(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """Return E[D(fake)] - E[D(real)], which the critic makes small."""
+    """Return E[D(fake)] - E[D(real)], which the critic minimises."""
     return mean_score(fake) - mean_score(real)
 
 
 def student_loss(fake: Sequence[Tensor]) -> Float[Tensor, ""]:
-    """Return -E[D(fake)], which the student makes small."""
+    """Return -E[D(fake)], which the student minimises."""
     return -mean_score(fake)
 
 

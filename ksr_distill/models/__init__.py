@@ -1,6 +1,6 @@
-"""The networks. These module paths are written into every exported folder: public for good."""
+"""The networks. Exported folders name these module paths, so they must never change."""
 
-# diffusers resolves ["ksr_distill.models", "KSRUNet"] only where the base class can be seen too.
+# diffusers resolves ["ksr_distill.models", "KSRUNet"] only if this module has ModelMixin as well.
 from diffusers import ModelMixin
 
 from ksr_distill.models.critic import Critic, CriticHeads, scores_of_frozen_heads

@@ -1,4 +1,4 @@
-"""Where weights lie in memory, which decides the last bits of a result."""
+"""Alignment of weights in memory, on which the last bits of a CPU's results depend."""
 
 from torch import nn
 
@@ -7,10 +7,11 @@ CACHE_LINE_BYTES = 64
 
 
 def align_weights(module: nn.Module) -> None:
-    """Move weights that lie at odd addresses of a CPU.
+    """Copy a CPU's weights that are not aligned to a cache line.
 
-    safetensors maps a file, and its tensors begin where they begin; oneDNN then takes other
-    kernels, and a loaded model differs from the saved one by 1e-6 (measured).
+    safetensors maps its file into memory, where tensors may start at any address. For unaligned
+    ones oneDNN selects other kernels, and a loaded model differs from the saved one by 1e-6
+    (measured).
     """
     for parameter in module.parameters():
         if parameter.device.type == "cpu" and parameter.data_ptr() % CACHE_LINE_BYTES:

@@ -60,7 +60,7 @@ class Enlarge(nn.Module):
 
 
 class ConvOfEnlarged(nn.Conv2d):
-    """A 3×3 convolution of its doubled input, without the enlarged map in between."""
+    """A 3×3 convolution of its input at double size, computed without the enlarged map."""
 
     def forward(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 H W"]:
         """Return ``conv(Enlarge()(hidden))`` with this layer's weights."""
@@ -70,10 +70,10 @@ class ConvOfEnlarged(nn.Conv2d):
 
 
 def kernels_of_enlarged(weight: Float[Tensor, "c2 c 3 3"]) -> Float[Tensor, "4*c2 c 3 3"]:
-    """Return the kernels on the small map of each place in a 2×2 cell, in pixel_shuffle's order.
+    """Return four kernels on the small map, one for each place of a 2×2 cell of the large one.
 
-    Of the three taps of an even row or column the last two meet the same repeated pixel, of an odd
-    one the first two.
+    They are in pixel_shuffle's order. In an even row or column the last two of three taps fall on
+    the same repeated pixel, in an odd one the first two; such taps are added.
     """
     first, centre, last = weight.unbind(dim=2)
     none = torch.zeros_like(first)
@@ -99,13 +99,13 @@ def resampler(channels: int, resampling: Resampling, upsampling: Upsampling) -> 
 
 
 class ResNetBlock(nn.Module):
-    """Two convolutions, the second one steered by time, beside a shortcut.
+    """Two convolutions with a shortcut; the timestep modulates the second one's input.
 
     main:      GroupNorm → [resample] → 3×3
                → GroupNorm → ·(scale + 1) + shift → SiLU → dropout → 3×3
     shortcut:  [resample] → [1×1 where channels or resolution change]
 
-    The first half has no activation: the released model is like that, and its weights need it.
+    There is no activation before the first convolution, as in the released model.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class ResNetBlock(nn.Module):
     def forward(
         self, hidden: Float[Tensor, "b c h w"], time_embedding: Float[Tensor, "b d"]
     ) -> Float[Tensor, "b c2 h2 w2"]:
-        """Return the block's features, resampled and with new channels where it says so."""
+        """Return the block's output."""
         scale_shift = self.time_projection(F.silu(time_embedding))[:, :, None, None]
         scale, shift = scale_shift.chunk(2, dim=1)
         main = self.norm_1(hidden)
@@ -148,11 +148,11 @@ class ResNetBlock(nn.Module):
     def activated(
         self, main: Float[Tensor, "b c h w"], scale: Tensor, shift: Tensor
     ) -> Float[Tensor, "b c h w"]:
-        """Return GroupNorm → ·(scale + 1) + shift → SiLU of the first half."""
+        """Return GroupNorm → ·(scale + 1) + shift → SiLU: the input of the second convolution."""
         return F.silu(self.norm_2(main) * (scale + 1) + shift)
 
     def shortcut(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
-        """Return the block's input in its output's size and channels."""
+        """Return the block's input, resampled and projected to the output's channels."""
         if isinstance(self.resample_shortcut, Enlarge):  # repeating and 1×1 commute
             return self.resample_shortcut(cast(nn.Conv2d, self.conv_shortcut)(hidden))
         if self.resample_shortcut is not None:

@@ -1,4 +1,4 @@
-"""The critic (the paper's discriminator): the teacher's frozen downward half, and trained heads."""
+"""The critic (the paper's discriminator): trained heads on the teacher's frozen encoder."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -18,7 +18,7 @@ HEAD_GROUPS = 8
 
 
 class CriticHead(nn.Module):
-    """One level's features in, a map of scores out.
+    """Turns one level's features into a map of scores.
 
     GN → SiLU → 1×1 → {GN·(scale + 1) + shift by time → SiLU → 3×3} + residual → GN → SiLU → 1×1:
     Kandinsky 3.1's head (arXiv:2312.03511, fig. 3) without its cross-attention; there is no text.
@@ -46,11 +46,11 @@ class CriticHead(nn.Module):
     def scores_and_slopes(
         self, features: Float[Tensor, "b c h w"], time_embedding: Float[Tensor, "b d"]
     ) -> tuple[Float[Tensor, "b 1 h w"], Float[Tensor, "b c h w"]]:
-        """Return the scores and ∂Σscores / ∂features, both to be differentiated.
+        """Return the scores and their slopes, ∂Σscores / ∂features; both are differentiable.
 
-        The slopes are written down as a forward pass: backwards through the layers, each
-        convolution as the transposed one. PyTorch's own second derivative convolves with kernels
-        as large as the picture: on two CPU cores R1 took eleven times as long by it.
+        The slopes are written as a forward pass that goes back through the layers, each convolution
+        as its transpose. PyTorch's own second derivative convolves with kernels as large as the
+        picture: with it, R1 took eleven times as long on two CPU cores.
         """
         scale, shift = self.scale_shift(time_embedding)
         hidden, through_first = vjp(self.first, features)[:2]
@@ -64,7 +64,7 @@ class CriticHead(nn.Module):
         return scores, through_first(through(self.conv_in, slope))[0]
 
     def scale_shift(self, time_embedding: Float[Tensor, "b d"]) -> tuple[Tensor, Tensor]:
-        """Return what the time asks of the middle: factors less one, and summands."""
+        """Return scale and shift of the middle norm for a timestep."""
         both = self.time_projection(F.silu(time_embedding))[:, :, None, None]
         scale, shift = both.chunk(2, dim=1)
         return scale, shift
@@ -83,12 +83,12 @@ class CriticHead(nn.Module):
 
 
 def through(conv: nn.Conv2d, gradient: Float[Tensor, "b c2 h w"]) -> Float[Tensor, "b c h w"]:
-    """Return the gradient before a convolution of stride 1, of the gradient after it."""
+    """Return the gradient at a convolution's input, given the one at its output; stride 1."""
     return F.conv_transpose2d(gradient, conv.weight, padding=cast(int, conv.padding))
 
 
 class CriticHeads(nn.Module):
-    """The critic's trained part: a head per level. Always float32: scores have no bound."""
+    """The critic's trained part, one head per level. Always in float32: scores are unbounded."""
 
     def __init__(
         self, level_channels: Sequence[int], *, channels: int, time_embedding_dim: int = 128
@@ -135,11 +135,11 @@ def scores_of_frozen_heads(
 
 
 class Critic(nn.Module):
-    """Frozen trunk and heads.
+    """A frozen trunk, and heads on its features.
 
     Args:
-        trunk: The teacher. Its ``encode`` is called as it is; its weights never move and it stays
-            in eval mode (dropout sits in every block of the released one).
+        trunk: The teacher, of which ``encode`` is used. Its weights are frozen and it stays in eval
+            mode (every block of the released one has dropout).
         head_channels: Width of the heads.
         normalise_features: Give the heads each level divided by its GroupNorm statistics (no
             affine), so that a gradient penalty means the same on every level and crop size.
@@ -165,7 +165,7 @@ class Critic(nn.Module):
         t: Int[Tensor, " b"],
         lowres: Float[Tensor, "b 3 h w"],
     ) -> list[Tensor]:
-        """Return what the heads read, per level; gradient flows to x_t, never to the trunk."""
+        """Return the heads' inputs, per level; gradient flows to x_t, never to the trunk."""
         levels = self.encode(x_t, t, lowres).levels
         return self.normalise(levels) if self.normalise_features else list(levels)
 

@@ -1,4 +1,4 @@
-"""The refiner's network (Kandinsky 3.0 Flash) and the one prompt that it is ever given."""
+"""The refiner's network (Kandinsky 3.0 Flash), and its fixed empty prompt."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -60,7 +60,7 @@ class RefinerUNet(Kandinsky3UNet):
 
     @property
     def stride(self) -> int:
-        """What both sides of the latents must be a multiple of."""
+        """Both sides of the latents must be multiples of this."""
         return 2 ** (self.num_levels - 1)
 
     def forward(
@@ -132,10 +132,10 @@ class RefinerUNet(Kandinsky3UNet):
 
 
 class RefinerContext(ModelMixin, ConfigMixin):
-    """The empty prompt as the refiner knows it: one token, projected already.
+    """The refiner's empty prompt: one token, already projected.
 
-    The released context has 128 rows of which the mask keeps the first. With one valid token every
-    softmax is 1, so that the other rows change nothing (1.7e-13 in fp64, measured): 8 KB do.
+    The released context has 128 rows, of which the mask keeps the first. With a single valid token
+    every softmax is 1, so the other rows change nothing (1.7e-13 in fp64, measured).
     """
 
     @register_to_config

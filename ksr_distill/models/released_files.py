@@ -1,4 +1,4 @@
-"""Reads weight files that other people made: tensors only, and a clear word about anything else."""
+"""Reads untrusted weight files: tensors only, with a clear error for anything else."""
 
 import codecs
 import pickle

@@ -21,7 +21,7 @@ MAX_BLOCKS = 1000
 
 
 class Encoded(NamedTuple):
-    """What the downward half knows: a critic reads it, the upward half continues from it.
+    """The output of the encoder: a critic reads it, and the decoder continues from it.
 
     Attributes:
         levels: The output of every down level, finest first, e.g. for the full size 128 channels
@@ -115,7 +115,7 @@ class KSRUNet(ModelMixin, ConfigMixin):
 
     @property
     def stride(self) -> int:
-        """What both sides of x_t must be a multiple of."""
+        """Both sides of x_t must be multiples of this."""
         return 2 ** (len(self.down_levels) - 1)
 
     @property
@@ -129,7 +129,7 @@ class KSRUNet(ModelMixin, ConfigMixin):
         t: Real[Tensor, " b"],
         lowres: Float[Tensor, "b 3 h w"],
     ) -> Encoded:
-        """Return the features of the downward half.
+        """Return the features of the encoder, the downward half.
 
         Args:
             t: Timesteps in [0, 1000); kept in float32 inside, whatever the weights' dtype.
@@ -146,7 +146,7 @@ class KSRUNet(ModelMixin, ConfigMixin):
         return Encoded(tuple(levels), time_embedding)
 
     def decode(self, encoded: Encoded) -> Float[Tensor, "b 3 H W"]:
-        """Return the upward half's picture: pred_x_0, or its residual over the enlarged lowres."""
+        """Return the decoder's output: pred_x_0, or its residual over the enlarged lowres."""
         skips = list(encoded.levels)
         hidden = skips.pop()
         for i, up_level in enumerate(self.up_levels):
@@ -155,7 +155,7 @@ class KSRUNet(ModelMixin, ConfigMixin):
         return self.finish(hidden)
 
     def finish(self, hidden: Float[Tensor, "b c H W"]) -> Float[Tensor, "b 3 H W"]:
-        """Return what the last layers make of the finest features."""
+        """Apply the last norm and convolution."""
         return self.conv_out(F.silu(self.norm_out(hidden)))
 
     def forward(
@@ -201,7 +201,7 @@ def enlarge(lowres: Float[Tensor, "b 3 h w"], like: Tensor) -> Float[Tensor, "b 
 
 
 def layout_of(unet: KSRUNet) -> dict[str, Any]:
-    """Return what a network is built from, without where it was loaded from: plain values."""
+    """Return the constructor's arguments as plain values, without diffusers' private entries."""
     return {key: value for key, value in unet.config.items() if not key.startswith("_")}
 
 

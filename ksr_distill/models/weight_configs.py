@@ -1,7 +1,7 @@
-"""Configs read off the shapes of a released state dict, so that tiny models convert too.
+"""Configs inferred from the shapes of a released state dict, so that models of any size convert.
 
-What leaves no trace in a shape follows a rule that gives the full-size models' value; whoever
-knows better passes it.
+What shapes do not determine follows a rule that gives the released models' value, and can be passed
+instead.
 """
 
 import re

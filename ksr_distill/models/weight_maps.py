@@ -1,6 +1,6 @@
-"""Names: how the released code calls each of our parameters, by a list of rules for each network.
+"""The released name of each of our parameters, by a list of rules for each network.
 
-Conversion asks for the released name of every parameter of ours, whichever way the weights go.
+Conversion looks up the released name of our parameters in both directions.
 
 Sources: ai-forever/KandiSuperRes (Apache-2.0) and diffusers; every name of the full-size models is
 checked by the tests.

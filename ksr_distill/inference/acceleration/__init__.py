@@ -1,7 +1,7 @@
-"""The fast way through the networks on a GPU: fewer passes over memory, fewer multiplications.
+"""`--fast`: the networks with fused kernels and Winograd convolutions on an NVIDIA GPU.
 
-No compilation: the networks are run by functions that read the modules' own weights, so that any
-picture size runs at once, and parameters, names and saved folders stay as they are.
+Nothing is compiled per size: functions run the networks from the modules' own weights, so any
+picture size works at once, and parameters, names and saved folders do not change.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ MEASURES_CONVOLUTIONS = False
 
 
 def can_accelerate(device: torch.device) -> bool:
-    """Tell whether a device runs the kernels: an NVIDIA GPU with tensor cores, and Triton."""
+    """Return whether a device runs the kernels: an NVIDIA GPU with tensor cores, and Triton."""
     return (
         device.type == "cuda"
         and torch.version.cuda is not None
@@ -56,10 +56,10 @@ def why_kernels_fail(device: torch.device) -> str | None:
 
 
 def accelerate(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
-    """Let networks run by the fast operations from now on, in channels-last layout.
+    """Make networks use the fast operations from now on, in channels-last layout.
 
-    The weights' dtype decides what is gained: float16 takes all kernels, bfloat16 those of the
-    norms, float32 none. ``restore`` undoes it.
+    The weights' dtype decides which: float16 all kernels, bfloat16 those of the norms, float32
+    none. ``restore`` undoes it.
     """
     lay_out(*networks, memory_format=torch.channels_last)
     for network in networks:
@@ -74,7 +74,7 @@ def accelerate(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
 
 
 def restore(*networks: KSRUNet | RefinerUNet | VQModel) -> None:
-    """Let networks run as their classes say."""
+    """Undo ``accelerate``."""
     for network in networks:
         for name in ("encode", "decode", "forward", "is_accelerated"):
             network.__dict__.pop(name, None)
