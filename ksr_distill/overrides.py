@@ -8,11 +8,15 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 EXTENSIBLE = ("experiment", "sweep", "launcher", "trainer", "callbacks", "logger", "hydra")
 """Keys that a plus on the command line may add to."""
+
+MODULE_GROUPS = ("model", "critic", "diffusion", "loss", "optim")
+"""Groups that only conf/module reads, each of its options another part."""
 
 FOLLOWED_BY_A_WORD = ("--cfg", "-c", "--info", "-i", "--package", "-p", "--config-name", "-cn",
                       "--config-path", "-cp", "--config-dir", "-cd")  # fmt: skip
@@ -27,7 +31,8 @@ def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) ->
         folder: The conf/ folder.
 
     Raises:
-        ValueError: If an override names no key, no group or no option; it names the nearest.
+        ValueError: If an override names no key, no group or no option (it names the nearest), or
+            would change nothing.
     """
     before = ["", *arguments]
     texts = [
@@ -55,6 +60,8 @@ def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) ->
         except HydraException:
             known = {}
         raise ValueError(explain(error, known)) from error
+    if "module" in config:
+        refuse_unused(parsed, OmegaConf.to_container(config["module"], resolve=False))
     asks = {text for text in arguments if text.startswith("-")} - {"-m", "--multirun"}  # --help
     if OmegaConf.is_missing(config, "name") and not asks:
         experiments = ", ".join(
@@ -63,6 +70,34 @@ def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) ->
         raise ValueError(
             "name is missing: it names the run's folder, and an experiment sets it; add "
             f"+experiment= with one of {experiments}, or name=NAME"
+        )
+
+
+def refuse_unused(overrides: Sequence[Override], module: Any) -> None:
+    """Refuse overrides that would change nothing, since the run's module does not read them.
+
+    Args:
+        module: The config's node, with its interpolations.
+
+    Raises:
+        ValueError: E.g. for ``model=tiny`` in a distillation.
+    """
+    read = re.findall(r"\$\{([\w.]+)\}", str(module))
+    for override in overrides:
+        key = str(override.key_or_group)
+        group = key.partition(".")[0]
+        is_read = any(f"{one}.".startswith(f"{key}.") or f"{key}.".startswith(f"{one}.")
+                      for one in read)  # fmt: skip
+        if is_read or group not in MODULE_GROUPS:
+            continue
+        remedy = "drop it"
+        if group == "model":
+            remedy = "a student has its teacher's network: choose another teacher="
+        elif others := sorted(one for one in read if one.startswith(f"{group}.")):
+            remedy = f"drop it, or use {', '.join(others)}"
+        raise ValueError(
+            f"{override.input_line} would change nothing: {module['_target_']} does not read "
+            f"{key}; {remedy}"
         )
 
 

@@ -218,6 +218,41 @@ def test_an_unknown_experiment_is_answered_without_the_search_path():
     assert "provider" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("experiment", "override", "message"),
+    [
+        ("ksr_flash", "model=tiny", "a student has its teacher's network: choose another teacher="),
+        ("ksr_flash", "model.dropout=0.0", "a student has its teacher's network"),
+        (
+            "ksr_flash",
+            "optim.teacher.learning_rate=1e-3",
+            "drop it, or use optim.critic, optim.student",
+        ),
+        ("ksr_flash", "loss.distance=l1", "loss.distance; drop it, or use loss.critic"),
+        ("ksr_teacher", "diffusion.num_inference_steps=2", "does not read diffusion.num_inference"),
+        ("ksr_teacher", "critic=tiny", "does not read critic; drop it"),
+    ],
+)
+def test_an_override_that_would_change_nothing_is_refused(experiment, override, message):
+    with pytest.raises(ValueError, match="would change nothing") as error:
+        check_overrides("train", [f"+experiment={experiment}", override], CONF)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "override"),
+    [
+        ("ksr_teacher", "model=tiny"),
+        ("ksr_flash", "critic=tiny"),
+        ("ksr_flash", "loss=kandinsky31"),
+        ("ksr_flash", "optim.critic.learning_rate=1e-3"),
+        ("ksr_flash", "diffusion.num_inference_steps=1,2"),
+    ],
+)
+def test_an_override_that_changes_the_run_passes(experiment, override):
+    check_overrides("train", [f"+experiment={experiment}", override], CONF)
+
+
 def test_sweeps_pass_the_check_of_overrides():
     arguments = ["-m", "+experiment=ksr_flash", "diffusion.num_inference_steps=1,2"]
     check_overrides("train", arguments, CONF)
