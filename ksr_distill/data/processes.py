@@ -1,4 +1,4 @@
-"""Work spread over processes, its results in order."""
+"""A ``map`` over worker processes, with results in order."""
 
 import multiprocessing
 import os

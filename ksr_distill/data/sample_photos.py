@@ -1,4 +1,4 @@
-"""Real photos that are on every machine with scikit-image and scikit-learn: no download."""
+"""Real photos from the scikit-image and scikit-learn wheels: no download."""
 
 import shutil
 from importlib.util import find_spec

@@ -7,14 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ksr_distill.diffusion.schedule import NoiseSchedule
+from ksr_distill.diffusion.schedule import NUM_TRAIN_TIMESTEPS, NoiseSchedule
 from ksr_distill.types import Denoiser, NoiseSource, StepObserver
 
 FIRST_STUDENT_TIMESTEP = 979
 """Where the released student starts (KandiSuperRes, ``diffusion_sr_turbo``)."""
 
-NOISIEST_TIMESTEP = 999
-"""The last of the 1000 that the models are trained with."""
+NOISIEST_TIMESTEP = NUM_TRAIN_TIMESTEPS - 1
 
 MOST_STUDENT_STEPS = 49
 """With more, the last timestep would be below 0."""

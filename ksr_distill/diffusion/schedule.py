@@ -6,19 +6,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+NUM_TRAIN_TIMESTEPS = 1000
+"""Of all released models."""
 
-def linear_betas(num_train_timesteps: int) -> Float[Tensor, " t"]:
+
+def linear_betas() -> Float[Tensor, " t"]:
     """Return the super-resolution models' betas, 1e-4 → 0.02 (DDPM, arXiv:2006.11239, §4)."""
-    return torch.linspace(1e-4, 0.02, num_train_timesteps, dtype=torch.float64)
+    return torch.linspace(1e-4, 0.02, NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
 
 
-def cosine_betas(num_train_timesteps: int) -> Float[Tensor, " t"]:
+def cosine_betas() -> Float[Tensor, " t"]:
     """Return the refiner's betas, capped at 0.999 (arXiv:2102.09672, eq. 17 with s = 0.008)."""
 
     def alpha_bar(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
-    n = num_train_timesteps
+    n = NUM_TRAIN_TIMESTEPS
     betas = [min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), 0.999) for i in range(n)]
     return torch.tensor(betas, dtype=torch.float64)
 
@@ -30,12 +33,13 @@ class NoiseSchedule:
         kind: ``linear`` for the super-resolution U-Nets, ``cosine`` for the latent refiner.
     """
 
-    def __init__(self, kind: str = "linear", *, num_train_timesteps: int = 1000) -> None:
+    num_train_timesteps = NUM_TRAIN_TIMESTEPS
+
+    def __init__(self, kind: str = "linear") -> None:
         if kind not in ("linear", "cosine"):
             raise ValueError(f"kind={kind!r} is no noise schedule; use linear or cosine")
-        betas = {"linear": linear_betas, "cosine": cosine_betas}[kind](num_train_timesteps)
+        betas = {"linear": linear_betas, "cosine": cosine_betas}[kind]()
         self.kind = kind
-        self.num_train_timesteps = num_train_timesteps
         self.betas = betas
         self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}

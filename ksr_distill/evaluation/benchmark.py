@@ -1,4 +1,4 @@
-"""Any number of upscalers on any number of photos: every output saved, measured and compared."""
+"""Runs upscalers on photos, and saves, measures and compares every output."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -98,8 +98,8 @@ def run_benchmark(
 ) -> Benchmark:
     """Return the measurements, having written every picture below the folder.
 
-    Each model sees an image with the same noise. One small picture is run before the first, so that
-    no model's time has the start of its kernels in it.
+    Each model sees an image with the same noise. Every model first enlarges one small picture, so
+    that no measured time includes the start-up of its kernels.
 
     Args:
         on_output: Called with (image, model) after each.

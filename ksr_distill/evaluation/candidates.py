@@ -1,4 +1,4 @@
-"""From a few words in a config to the list of what is compared."""
+"""The models to compare, from the keys of evaluate.yaml."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields

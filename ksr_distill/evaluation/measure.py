@@ -59,9 +59,9 @@ def measure_without_original(
     degradation: Degradation,
     seed: int,
 ) -> Values:
-    """Return what can be said where only the lowres is known: whether the output still means it.
+    """Return the metrics that need no original: the output's consistency with its lowres.
 
-    The output is degraded by the recipe that is said to have made the lowres, and compared with it.
+    The output is degraded by the recipe that made the lowres, and compared with it.
     """
     generator = generator_for(seed, Stream.DEGRADATION, device=image.device)
     degraded = degradation(image, generator=generator)

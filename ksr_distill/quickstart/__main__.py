@@ -1,4 +1,4 @@
-"""Run the path, each command echoed before it runs; an interrupted run continues."""
+"""Run the quickstart's commands, each echoed before it runs; an interrupted run continues."""
 
 import argparse
 import sys

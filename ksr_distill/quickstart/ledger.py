@@ -1,4 +1,4 @@
-"""What is done, in a file: an interrupted quickstart continues, and its times still add up."""
+"""A file of finished commands, so that an interrupted quickstart continues and its times add up."""
 
 import json
 import math

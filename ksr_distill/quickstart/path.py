@@ -1,4 +1,4 @@
-"""The commands of the quickstart, in order: what a reader would type for photos of their own."""
+"""The quickstart's commands, in order; the same ones work for photos of your own."""
 
 from pathlib import Path
 

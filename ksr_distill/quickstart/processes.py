@@ -1,4 +1,4 @@
-"""Run a command, and know what it and all its children took."""
+"""Run a command, and measure time and memory of it and all its children."""
 
 import signal
 import subprocess
@@ -30,7 +30,7 @@ class Usage(NamedTuple):
 
 
 class CommandFailedError(RuntimeError):
-    """A command of the quickstart ended with another exit code than 0."""
+    """A command of the quickstart ended with a nonzero exit code."""
 
     def __init__(self, command: Sequence[str], returncode: int, usage: Usage) -> None:
         super().__init__(f"`{' '.join(command)}` ended with exit code {returncode}")
@@ -38,7 +38,7 @@ class CommandFailedError(RuntimeError):
 
 
 class CommandInterruptedError(RuntimeError):
-    """We were told to stop; the command was told as well, and has ended."""
+    """This process was interrupted; the command was, too, and has ended."""
 
     def __init__(self, usage: Usage) -> None:
         super().__init__("interrupted")
@@ -73,7 +73,7 @@ def run_measured(command: Sequence[str]) -> Usage:
 
 @contextmanager
 def told_to_stop(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Collect the signals that ask us to stop, and pass them on, so that nothing runs on alone.
+    """Collect the signals that ask us to stop, and pass them on to the command.
 
     A terminal's control-C reaches the command by itself.
     """

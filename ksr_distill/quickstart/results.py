@@ -1,4 +1,4 @@
-"""What is left to do after evaluate.py: one metrics.json, and a place for the enlarged photo."""
+"""Adds the quickstart's summary to metrics.json, and the enlarged photo to report.html."""
 
 import base64
 import csv

@@ -1,4 +1,4 @@
-"""What the votes say, what they cannot say, and whom to look at twice."""
+"""What the votes show, what they cannot decide, and which raters to check."""
 
 import math
 from collections import Counter, defaultdict
@@ -25,7 +25,7 @@ from ksr_distill.study.statistics import (
 )
 from ksr_distill.study.tally import Tally, Vote, count_votes, passed_check
 
-# Too few votes to call a habit a habit.
+# With fewer votes no habit of a rater is flagged.
 MIN_VOTES_FOR_HABIT = 20
 ONE_ANSWER_SHARE = 0.95
 FAST_SECONDS = 1.0

@@ -22,7 +22,7 @@ THUMBNAIL_PX = 220
 
 
 def write_report(folder: Path, out: Path, *, seed: int = 0) -> Findings:
-    """Write the report's files into ``out`` and return what they say.
+    """Write the report's files into ``out`` and return the findings.
 
     Raises:
         ValueError: The folder is no study, or nobody has voted.

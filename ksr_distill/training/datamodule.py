@@ -117,11 +117,6 @@ class HiresDataModule(LightningDataModule):
         """Describes what the order of the samples depends on; empty for a stream."""
         return ""
 
-    @property
-    def num_replaced(self) -> int:
-        """How many different pictures this process had to replace."""
-        return len(self.budget.seen)
-
     def check(self, *, world_size: int) -> None:
         """Check settings and shards, before a model is built.
 

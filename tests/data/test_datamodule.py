@@ -164,7 +164,7 @@ def test_damaged_pictures_are_logged_up_to_the_budget_and_then_stop_the_run(
         datamodule = make(folder, num_workers=1)
         assert len(list(datamodule.train_dataloader())) == 6
     keys = [read_index(shard).members[member].key for shard, member in damaged]
-    assert datamodule.num_replaced == 2
+    assert len(datamodule.budget.seen) == 2
     assert all(sum(key in record.message for record in caplog.records) == 1 for key in keys)
     with pytest.raises(ValueError, match=r"data.corrupt_budget=1 is used up: train-0.*checks") as e:
         list(make(folder, corrupt_budget=1).train_dataloader())
