@@ -189,6 +189,24 @@ def latest_preview(checkpoint_path: Path, update: int) -> Path | None:
     return fitting[-1] if fitting else None
 
 
+def validation_figures(
+    record: Mapping[str, Any], path: Path
+) -> tuple[Mapping[str, float], int | None]:
+    """Return what a validation found, and after which update: these weights', or the last before.
+
+    A checkpoint is saved before its update is validated; its manifest is told afterwards.
+    """
+    file = path.resolve()  # best.ckpt is a link; the manifest lies beside the file
+    try:
+        facts = json.loads(file.with_name(file.name + ".json").read_text())
+        if facts["update"] == record["update"] and facts["metrics"]:
+            return facts["metrics"], facts["update"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # moved without it: what the checkpoint itself tells
+    update = record.get("validated_update")  # older checkpoints do not say
+    return (record["metrics"], update) if update is not None else ({}, None)
+
+
 def model_card(checkpoint: Mapping[str, Any], path: Path, preview: Path | None) -> str:
     """Return the folder's README: what it is, how to use it, what it was trained on, how good."""
     record = checkpoint["ksr"]
@@ -197,9 +215,13 @@ def model_card(checkpoint: Mapping[str, Any], path: Path, preview: Path | None) 
     what = f"{len(steps)}-step student, t = {steps}" if steps else "many-step teacher"
     config = record["config"]
     parts = {group: config[group] for group in CARD_CONFIG_GROUPS if config.get(group)}
+    figures, validated = validation_figures(record, path)
     metrics = "\n".join(
-        f"| {key.removeprefix('val/')} | {value:.4g} |" for key, value in record["metrics"].items()
+        f"| {key.removeprefix('val/')} | {value:.4g} |" for key, value in figures.items()
     )
+    held_out = config["data"].get("val_shards")
+    none = "nothing was validated yet" if held_out else "the run had no validation pictures"
+    when = "" if validated in (None, record["update"]) else f" after {validated} updates"
     picture = (
         "\n![lowres, what the network makes of it, original](preview.png)\n" if preview else ""
     )
@@ -217,11 +239,11 @@ Or `ksr upscale photo.jpg --model FOLDER`. Made by ksr_distill {__version__} fro
 sha256 {weights_hash(checkpoint)}.
 
 ## How good
-Validation pictures of the run (`{config["data"].get("val_shards")}`), the averaged network:
+Validation pictures of the run (`{held_out}`), the averaged network{when}:
 
 | metric | value |
 | --- | --- |
-{metrics or "| none | the run had no validation pictures |"}
+{metrics or f"| none | {none} |"}
 
 ## How it was made
 Data: `{config["data"].get("shards")}`. The whole configuration of the groups that matter:

@@ -17,7 +17,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text
 
 def exported_card():
     record = {
-        "kind": "student", "student_timesteps": [979], "scale": 2, "update": 3, "metrics": {},
+        "kind": "student", "student_timesteps": [979], "scale": 2, "update": 3,
         "config": {"name": "tiny", "data": {}},
     }  # fmt: skip
     weights = {"student_ema.weight": torch.zeros(1)}

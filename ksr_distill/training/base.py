@@ -71,6 +71,7 @@ class UpdateModule(LightningModule):
         self.graphs = GraphRunner(None)
         self.record = {"seed": seed, **record}
         self.update = 0
+        self.validated_update: int | None = None
         self.network_updates: dict[str, int] = {}
         self.last_values: dict[str, Tensor] = {}
         self.logged: dict[str, float] = {}
@@ -263,11 +264,15 @@ class UpdateModule(LightningModule):
         return super().load_state_dict({**frozen, **state_dict}, strict, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the counters and the record that export needs."""
+        """Add the counters and the record that export needs.
+
+        An update is saved before it is validated: the metrics are those of an earlier one.
+        """
         checkpoint["ksr"] = {
             **copy.deepcopy(self.record),
             "update": self.update,
             "network_updates": dict(self.network_updates),
+            "validated_update": self.validated_update,
             "metrics": {
                 k: float(v)
                 for k, v in self.trainer.callback_metrics.items()
@@ -291,6 +296,10 @@ class UpdateModule(LightningModule):
         self.update = saved["update"]
         self.network_updates = dict(saved["network_updates"])
         log.info("resuming %s after update %d", self.record["kind"], self.update)
+
+    def on_validation_epoch_end(self) -> None:
+        """Note which update the validation's figures are of."""
+        self.validated_update = self.update
 
     # ---- logging ---------------------------------------------------------------------------------
 

@@ -209,21 +209,27 @@ class RunCheckpoint(Checkpoint):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the metric beside the saved weights; save them if they are among the best."""
-        if self.monitor is None or not self.keep_best or trainer.sanity_checking:
+        """Note the figures beside the saved weights; save them if they are among the best."""
+        if trainer.sanity_checking:
             return
-        if self.monitor not in trainer.callback_metrics:
+        figures = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        }
+        chooses = self.monitor is not None and self.keep_best > 0
+        if chooses and self.monitor not in figures:
             raise ValueError(
                 f"callbacks.checkpoint.monitor={self.monitor!r} is not among what validation logs "
-                f"({', '.join(sorted(trainer.callback_metrics))}); use one of these, or null"
+                f"({', '.join(sorted(figures))}); use one of these, or null"
             )
-        figure = float(trainer.callback_metrics[self.monitor])
         if completed_updates(trainer) == self._last_saved_update:
-            self._annotate(trainer, {self.monitor: figure})
-        elif trainer.strategy.broadcast(self._would_be_kept(figure)):
-            self._save(trainer, metrics={self.monitor: figure})
+            self._annotate(trainer, figures)
+        elif chooses and trainer.strategy.broadcast(self._would_be_kept(figures)):
+            self._save(trainer, metrics=figures)
 
-    def _would_be_kept(self, figure: float) -> bool:
+    def _would_be_kept(self, figures: dict[str, float]) -> bool:
+        figure = figures[str(self.monitor)]
         best = best_checkpoints(checkpoint_files(self.folder), self.monitor, self.mode)
         if math.isnan(figure) or len(best) < self.keep_best:
             return not math.isnan(figure)

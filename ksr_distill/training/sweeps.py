@@ -94,7 +94,8 @@ def row_of_run(folder: Path) -> dict[str, str]:
     row["state"] = "finished" if done >= config["num_updates"] else "not finished"
     row["updates"] = f"{done} of {config['num_updates']}"
     for fact in facts:
-        row |= {name: f"{value:.4g} at {fact['update']}" for name, value in fact["metrics"].items()}
+        judged = {k: v for k, v in fact["metrics"].items() if k.count("/") == 1}  # no teacher's
+        row |= {name: f"{value:.4g} at {fact['update']}" for name, value in judged.items()}
     if (folder / OUTCOME).exists() and row["state"] != "finished":
         row["error"] = json.loads((folder / OUTCOME).read_text())["error"]
     return row

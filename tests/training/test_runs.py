@@ -15,7 +15,7 @@ from ksr_distill.cli import app
 from ksr_distill.data.packing import pack_folder
 from ksr_distill.data.sources import PackOptions
 from ksr_distill.diffusion import NoiseSchedule, noise_from, sample_few_steps
-from ksr_distill.export import averaged_unet, export_checkpoint, read_checkpoint
+from ksr_distill.export import averaged_unet, export_checkpoint, model_card, read_checkpoint
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline
 from ksr_distill.models import KSRUNet
 from ksr_distill.training.base import UpdateModule
@@ -199,3 +199,25 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(content, message, tmp_path
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_card_tells_the_figures_of_its_own_weights_or_after_which_update_they_are(
+    files, tmp_path
+):
+    run("quickstart_teacher", tmp_path, files, "validate_every=2",
+        "optim.teacher.warmup_updates=0", "optim.teacher.learning_rate=0.02")  # fmt: skip
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    figures = {
+        int(update): float(value)
+        for update, name, value in (row.split(",") for row in rows)
+        if name == "val/psnr_y"
+    }
+    assert f"{figures[2]:.4g}" != f"{figures[4]:.4g}"
+    last = checkpoint_of(tmp_path)
+    for path, updates, when in ((last.with_name("update-000000004.ckpt"), 4, ""),
+                                (last, 5, " after 4 updates")):  # fmt: skip
+        checkpoint = read_checkpoint(path)
+        assert checkpoint["ksr"]["update"] == updates
+        card = model_card(checkpoint, path, None)
+        assert f"| psnr_y | {figures[4]:.4g} |" in card
+        assert f"the averaged network{when}:" in card
