@@ -284,14 +284,16 @@ class UpdateModule(LightningModule):
         """Restore the counters.
 
         Raises:
-            ValueError: If the run was started with another seed, scale, number of steps or teacher.
+            ValueError: If the run was started as another: weights that fit by their shapes would go
+                on in a network, or in a game, that they were not trained in.
         """
         saved = checkpoint["ksr"]
-        for key in ("kind", "seed", "scale", "student_timesteps", "teacher_fingerprint"):
-            if saved.get(key) != self.record.get(key):
+        before, now = identity(saved), identity(self.record)
+        for key in (key for key in now if key in before):  # older checkpoints tell less
+            if before[key] != now[key]:
                 raise ValueError(
-                    f"the checkpoint was made with {key}={saved.get(key)!r}, this run has "
-                    f"{self.record.get(key)!r}; give the same, or use another name= to start anew"
+                    f"the checkpoint was made with {key}={before[key]!r}, this run has "
+                    f"{now[key]!r}; give the same, or use another name= to start anew"
                 )
         self.update = saved["update"]
         self.network_updates = dict(saved["network_updates"])
@@ -310,3 +312,13 @@ class UpdateModule(LightningModule):
             self.logged |= numbers
             for logger in self.trainer.loggers:
                 logger.log_metrics(numbers, step=self.update)
+
+
+def identity(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run cannot be continued without, by the keys that set it."""
+    keys = ("kind", "seed", "scale", "student_timesteps", "teacher_fingerprint",
+            "critic.normalise_features", "terms of loss.student")  # fmt: skip
+    layout = {f"model.{name}": value for name, value in record["model"].items()}
+    layout.pop("model.dropout", None)  # moves no weight
+    facts = {key: record[key] for key in keys if key in record} | layout
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}

@@ -148,7 +148,9 @@ class DistillationModule(UpdateModule):
         self.add_network("critic", critic.heads, critic_optim)
         self.add_network("student", student, student_optim)
         self.record |= {"kind": "student", "model": layout_of(student), "scale": scale,
-                        "student_timesteps": list(self.timesteps)}  # fmt: skip
+                        "student_timesteps": list(self.timesteps),
+                        "critic.normalise_features": critic.normalise_features,
+                        "terms of loss.student": list(self.balance.weights)}  # fmt: skip
 
     # ---- the algorithm ---------------------------------------------------------------------------
 

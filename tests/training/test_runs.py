@@ -103,6 +103,10 @@ def test_a_run_that_dies_at_any_update_ends_bit_for_bit_the_same(
         ("quickstart_teacher", "seed=7", "made with seed=0, this run has 7"),
         ("quickstart_flash", "scale=4", "made with scale=2, this run has 4"),
         ("quickstart_flash", "diffusion.num_inference_steps=1", "this run has [979]"),
+        ("quickstart_teacher", "model.predict_residual=false", "model.predict_residual=True"),
+        ("quickstart_teacher", "model.num_groups=8", "model.num_groups=4, this run has 8"),
+        ("quickstart_flash", "critic.normalise_features=false", "normalise_features=True, this"),
+        ("quickstart_flash", "loss.student.l1=0.0", "'l1', 'feature_matching', 'lowres"),
     ],
 )
 def test_a_run_does_not_go_on_as_another_kind_of_model(
