@@ -4,6 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+import torch
+
+from ksr_distill.diffusion import NoiseSchedule
+
 Penalty = Literal["r1_head", "wgan_gp_head", "ar1", "none"]
 
 
@@ -83,7 +87,8 @@ class GameSettings:
         backward_simulation_ramp: Student updates at which that probability leaves 0, and reaches
             its final value.
         critic_log_snr: Range of the critic's log-SNR, drawn uniformly.
-        critic_timesteps: First and last timestep that the critic's is clamped to.
+        critic_timesteps: First and last timestep that the critic's is clamped to; no narrower than
+            that range.
     """
 
     critic_updates_per_student: int
@@ -113,6 +118,13 @@ class GameSettings:
         times = list(self.critic_timesteps)
         inside = len(times) == 2 and 0 <= times[0] <= times[1] < 1000
         require(inside, "loss.game.critic_timesteps", times, "[first, last] within 0 … 999")
+        last, first = NoiseSchedule("linear").timestep_of_log_snr(torch.tensor(snr)).tolist()
+        require(
+            times[0] <= first and last <= times[1],
+            "loss.game.critic_timesteps", times,
+            f"[{first}, {last}], which loss.game.critic_log_snr={snr} is in timesteps: what lies "
+            "beyond these ends would be looked at there",
+        )  # fmt: skip
 
     def simulation_prob(self, student_update: int) -> float:
         """Return the probability of backward simulation at this student update."""

@@ -229,7 +229,7 @@ def test_a_batch_of_nans_moves_nobody_and_is_counted(make_module):
 
 def test_critic_learns_to_tell_noise_from_pictures(make_module):
     module = make_module(
-        game=game(critic_warmup_updates=1000, critic_timesteps=(11, 50)),
+        game=game(critic_warmup_updates=1000, critic_log_snr=(4.0, 6.0)),
         critic_optim=adamw(learning_rate=1e-2),
     )
     gaps = []

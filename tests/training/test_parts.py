@@ -42,6 +42,14 @@ def test_simulation_probability_ramps_between_its_ends():
     assert [ramp.simulation_prob(u) for u in (0, 10, 15, 20, 99)] == [0, 0, 0.4, 0.8, 0.8]
 
 
+def test_a_range_of_log_snr_that_its_timesteps_would_cut_off_is_refused():
+    game(critic_log_snr=(3.0, 9.0), critic_timesteps=(0, 999))
+    with pytest.raises(ValueError, match=r"critic_timesteps=\[1, 65\] is not.*use \[11, 456\], wh"):
+        game(critic_log_snr=(-2.0, 6.0), critic_timesteps=(1, 65))
+    with pytest.raises(ValueError, match=r"use \[1, 21\], which loss.game.critic_log_snr=\[5.0"):
+        game(critic_log_snr=(5.0, 9.0), critic_timesteps=(6, 172))
+
+
 def test_a_student_without_terms_is_refused():
     with pytest.raises(ValueError, match="one weight > 0"):
         StudentTerms(adversarial=0.0, l1=0.0, feature_matching=0.0, lowres_consistency=0.0,
