@@ -54,6 +54,7 @@ def check_train_config(config: Mapping[str, Any]) -> None:
             f"validate_every={config['validate_every']} is more than num_updates="
             f"{config['num_updates']}, so the run would never be validated; use at most the latter"
         )
+    check_warmup(config)
 
 
 def check_crops(config: Mapping[str, Any]) -> None:
@@ -78,6 +79,33 @@ def check_crops(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"data.val_crop_px={val_crop_px} is too small for val/swd, whose pyramid has four "
             f"levels of 7 px patches; use at least {MIN_VAL_CROP_PX}, or data.val_shards=null"
+        )
+    check_val_sides(config["data"], multiple=multiple)
+
+
+def check_val_sides(data: Mapping[str, Any], *, multiple: int) -> None:
+    """Refuse validation pictures that the network cannot take, before the first validation does."""
+    key = "val_side_multiple" if data["val_crop_px"] is None else "val_crop_px"
+    side = data[key]
+    if data["val_shards"] and side % multiple:
+        least = MIN_VAL_CROP_PX if key == "val_crop_px" else 1
+        raise ValueError(
+            f"data.{key}={side} is not a multiple of {multiple} (the U-Net's stride and scale); "
+            f"use {max(side // multiple, -(-least // multiple)) * multiple}"
+        )
+
+
+def check_warmup(config: Mapping[str, Any]) -> None:
+    """Refuse a game that ends before the student has moved: its export would be the teacher."""
+    game = config["loss"].get("game") if "game" in config["module"] else None
+    if not game:
+        return
+    alone = game["critic_warmup_updates"] + game["critic_updates_per_student"] - 1
+    if alone >= config["num_updates"]:
+        raise ValueError(
+            f"loss.game.critic_warmup_updates={game['critic_warmup_updates']} with num_updates="
+            f"{config['num_updates']}: the critic would play alone for the first {alone} updates "
+            "and the student never move; use a shorter warm-up, or a longer run"
         )
 
 

@@ -136,6 +136,17 @@ def test_every_option_of_every_group_composes(group, option, teacher):
         (["num_updates=1e3"], "num_updates=1000.0 is not allowed"),
         (["data.val_shards=v.tar", "data.val_crop_px=32"], "data.val_crop_px=32 is too small"),
         (["data.val_shards=v.tar", "num_updates=9"], "validate_every=500 is more than num_updates"),
+        (
+            ["data.val_shards=v.tar", "data.val_crop_px=66"],
+            "not a multiple of 4 (the U-Net's stride and scale); use 64",
+        ),
+        (["data.val_shards=v.tar", "data.val_crop_px=57", "scale=3", "data.crop_px=96"], "use 60"),
+        (
+            ["data.val_shards=v.tar", "data.val_crop_px=null", "data.val_side_multiple=2"],
+            "data.val_side_multiple=2 is not a multiple of 4",
+        ),
+        (["num_updates=500"], "the student never move; use a shorter warm-up"),
+        (["num_updates=501", "loss.game.critic_updates_per_student=2"], "alone for the first 501"),
         (["teacher=nowhere"], "teacher=nowhere does not exist; give a folder"),
         (["teacher=null"], "teacher=null: a distillation needs a teacher"),
         (["callbacks.health._target_=os.system"], "callbacks.health._target_=os.system"),
