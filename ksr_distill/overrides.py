@@ -105,8 +105,8 @@ def explain(error: BaseException, known: Mapping[str, Any]) -> str:
     """Return Hydra's message in one line, with the key that was probably meant."""
     text = " ".join(one_line(part) for part in (error, error.__cause__) if part is not None)
     text = text.partition(" Config search path:")[0]
-    if "no viable alternative" in text or "mismatched input" in text:
-        return f"{text}; quote values with braces, commas or spaces twice: 'key=\"a{{0..9}}\"'"
+    if re.search("no viable alternative|mismatched input|LexerNoViableAlt", text):
+        return f"{text}; quote values with braces, commas, spaces or ~ twice: 'key=\"a{{0..9}}\"'"
     missing = re.search(r"full_key: (\S+)", text)
     if missing is None:
         return text

@@ -178,6 +178,7 @@ def test_what_groups_cannot_know_is_refused_by_key(overrides, message, teacher):
         ("degradation=bicubik", "bicubik"),
         ("loss.game.critic_warmup=3", "loss.game.critic_warmup_updates"),
         ("data.shards={a", "quote values with braces"),
+        ("data.shards=~/shards/train.tar", "spaces or ~ twice: 'key="),
     ],
 )
 def test_typos_are_answered_in_one_line_with_the_nearest_key(override, message):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from glob import glob, has_magic
+from os.path import expanduser
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -53,7 +54,7 @@ def _expand_part(part: str, *, key: str) -> list[Path]:
             "copy them to this machine, or use data=stream"
         )
     found: list[Path] = []
-    for path in braceexpand(part):
+    for path in map(expanduser, braceexpand(part)):  # quoted twice, for Hydra, the shell does not
         # Path.glob would need the pattern cut into a folder and a rest.
         matches = sorted(glob(path)) if has_magic(path) else [path] * Path(path).is_file()  # noqa: PTH207
         if not matches:

@@ -31,6 +31,12 @@ def test_a_shard_without_an_index_is_named_with_the_remedy(tmp_path):
         read_header(tmp_path / "train-000000.tar")
 
 
+def test_a_pattern_may_begin_at_home(shards, monkeypatch):
+    monkeypatch.setenv("HOME", str(shards.parent))
+    [path] = expand_shards(f"~/{shards.name}/train-000000.tar", key="data.shards")
+    assert path == shards / "train-000000.tar"
+
+
 def test_braces_globs_and_lists_name_shards(shards):
     braces = expand_shards(f"{shards}/train-{{000000..000002}}.tar", key="data.shards")
     globbed = expand_shards(f"{shards}/train-00000[0-2].tar", key="data.shards")
