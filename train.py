@@ -38,6 +38,7 @@ from ksr_distill.training.launching import (
 from ksr_distill.training.leaves import check_leaves
 from ksr_distill.training.sharding import PerNetworkFSDP
 from ksr_distill.training.strategy import PerNetworkDDP, leave_groups
+from ksr_distill.training.validation import check_monitor
 
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, MisconfigurationException)
 CONF = Path(__file__).resolve().parent / "conf"
@@ -59,6 +60,8 @@ def train(config: dict[str, Any], *, is_sweep: bool) -> None:
     datamodule.start_update = update_of_file(checkpoint) if checkpoint else 0
     build = instantiate(config["module"], _partial_=True, _convert_="all")
     module = build(record={"config": config})
+    if config["data"]["val_shards"] is not None:
+        check_monitor(config["callbacks"]["checkpoint"]["monitor"], module.samplers())
     try:
         make_trainer(config).fit(module, datamodule, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # raised on all ranks by PreemptionGuard, after the save

@@ -1,6 +1,6 @@
 """Validation: samples of the averaged network, on fixed pictures and with fixed noise."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 Sampler = Callable[[Tensor, NoiseSource], Tensor]
 """(lowres, noise source of the output's size) → pred_x_0."""
 
+METRICS = (
+    "psnr_y",
+    "top_octave_power_ratio",
+    "lowres_consistency_psnr",
+    "checkerboard_peak",
+    "swd",
+)
 NUM_PREVIEWS = 4
 PREVIEW_PX = 384
 
@@ -73,6 +80,21 @@ def validate_batch(
         module.previews.append({"lowres": large, **pictures, "hires": hires})
 
 
+def check_monitor(monitor: str | None, samplers: Iterable[str]) -> None:
+    """Refuse, before the start, to choose the best checkpoint by what no validation logs.
+
+    Raises:
+        ValueError: With all that there is.
+    """
+    prefixes = ["val", *(f"val/{name}" for name in list(samplers)[1:])]
+    logged = [f"{prefix}/{metric}" for prefix in prefixes for metric in METRICS]
+    if monitor is not None and monitor not in logged:
+        raise ValueError(
+            f"callbacks.checkpoint.monitor={monitor!r} is not among what validation logs; use one "
+            f"of {', '.join(logged)}, or null"
+        )
+
+
 def picture_metrics(
     image: Float[Tensor, "b 3 H W"], hires: Float[Tensor, "b 3 H W"], scale: int, number: int
 ) -> dict[str, Tensor]:
@@ -82,13 +104,14 @@ def picture_metrics(
         sliced_wasserstein(a[None], b[None], generator=generator_for(number, Stream.EVALUATION))
         for a, b in zip(image, hires, strict=True)
     ]
-    return {
-        "psnr_y": psnr_y(image, hires, border_px=scale).mean(),
-        "top_octave_power_ratio": top_octave_power_ratio(image, hires).mean(),
-        "lowres_consistency_psnr": lowres_consistency_psnr(image, hires, scale=scale).mean(),
-        "checkerboard_peak": checkerboard_peaks(image, hires).amax(dim=1).mean(),
-        "swd": torch.stack(distances).mean(),
-    }
+    values = (
+        psnr_y(image, hires, border_px=scale).mean(),
+        top_octave_power_ratio(image, hires).mean(),
+        lowres_consistency_psnr(image, hires, scale=scale).mean(),
+        checkerboard_peaks(image, hires).amax(dim=1).mean(),
+        torch.stack(distances).mean(),
+    )
+    return dict(zip(METRICS, values, strict=True))
 
 
 def save_previews(previews: Sequence[Mapping[str, Tensor]], path: Path) -> None:

@@ -120,6 +120,16 @@ def test_a_run_does_not_go_on_as_another_kind_of_model(
     assert checkpoint_of(tmp_path).resolve() == before
 
 
+def test_a_figure_that_no_validation_logs_is_refused_before_the_first_update(files, tmp_path):
+    monitor = "callbacks.checkpoint.monitor=val/pnsr_y"
+    with pytest.raises(ValueError, match=r"val/pnsr_y. is not among .*use one of val/psnr"):
+        run("quickstart_teacher", tmp_path, files, monitor)
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+    other = "callbacks.checkpoint.monitor=val/teacher_5/swd"
+    run("quickstart_teacher", tmp_path, files, other, "num_updates=4")
+    assert checkpoint_of(tmp_path).with_name("best.ckpt").exists()
+
+
 def test_a_run_that_is_not_validated_says_that_nothing_is_best(files, tmp_path, caplog):
     run("quickstart_teacher", tmp_path, files, "data.val_shards=null", "num_updates=1")
     assert "data.val_shards is not given: nothing is validated" in caplog.text
