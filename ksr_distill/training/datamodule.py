@@ -117,6 +117,11 @@ class HiresDataModule(LightningDataModule):
         """Describes what the order of the samples depends on; empty for a stream."""
         return ""
 
+    @property
+    @abstractmethod
+    def local_shards(self) -> Sequence[Path]:
+        """The files that are trained on, once they are checked; those of this machine."""
+
     def check(self, *, world_size: int) -> None:
         """Check settings and shards, before a model is built.
 
@@ -212,6 +217,7 @@ class HiresDataModule(LightningDataModule):
         if self.val_shards is None:
             return
         shards = expand_shards(self.val_shards, key="data.val_shards")
+        self._say_if_trained_on(shards)
         headers = [read_header(shard) for shard in shards]
         least = self.val_crop_px or self.val_side_multiple
         check_sides(shards, headers, least, key="data.val_crop_px")
@@ -240,6 +246,16 @@ class HiresDataModule(LightningDataModule):
                 "needs one: give more, or data.val_shards=null"
             )
 
+    def _say_if_trained_on(self, val_shards: Sequence[Path]) -> None:
+        both = {path.resolve() for path in val_shards} & {p.resolve() for p in self.local_shards}
+        if both:
+            log.warning(
+                "%d of data.val_shards are among data.shards, such as %s: val/ and best.ckpt then "
+                "tell how well pictures are remembered; give shards that are held out",
+                len(both),
+                min(both),
+            )
+
 
 class ShardDataModule(HiresDataModule):
     """Training on packed, indexed, local shards: exact order, exact resume.
@@ -262,6 +278,11 @@ class ShardDataModule(HiresDataModule):
             f"data.batch_size={self.batch_size}, data.window_shards={self.window_shards}, "
             f"{len(self.paths)} shards (fingerprint {self._fingerprint:08x})"
         )
+
+    @property
+    def local_shards(self) -> Sequence[Path]:
+        """The files that are trained on, once they are checked."""
+        return self.paths
 
     def _check_training(self) -> None:
         self.paths = expand_shards(self.shards, key="data.shards")
@@ -309,6 +330,11 @@ class StreamDataModule(HiresDataModule):
         super().__init__(**common)
         self.shuffle_buffer = shuffle_buffer
         self.urls: tuple[str, ...] = ()
+
+    @property
+    def local_shards(self) -> Sequence[Path]:
+        """The files that are trained on, once they are checked; those of this machine."""
+        return [Path(url) for url in self.urls if "://" not in url]
 
     def _check_training(self) -> None:
         self.urls = expand_stream(self.shards, key="data.shards")

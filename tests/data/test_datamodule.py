@@ -298,3 +298,13 @@ def test_another_order_of_the_samples_is_said_when_a_run_is_continued(shards, ca
     loader(batch_size=8).load_state_dict(state)
     assert "data.batch_size=4" in caplog.text
     assert "this run has data.batch_size=8" in caplog.text
+
+
+def test_validation_on_shards_that_are_trained_on_is_said(shards, tmp_path, caplog):
+    link = tmp_path / "val.tar"
+    link.symlink_to(shards / "train-000000.tar")
+    shutil.copy(shards / "train-000000.index.json", tmp_path / "val.index.json")
+    make(f"{shards}/train-00000[1-9].tar", val_shards=str(link))
+    assert not caplog.text
+    make(shards, val_shards=str(link))
+    assert "1 of data.val_shards are among data.shards, such as" in caplog.text
