@@ -194,6 +194,13 @@ class UpdateModule(LightningModule):
         """Return a network's rate in its next update."""
         return self._optim[name].rate(self.network_updates[name], self.update / self.num_updates)
 
+    def last_learning_rate(self, name: str) -> float:
+        """Return the rate of a network's last update; 0 before its first."""
+        optimizers = cast(list[Any], self.optimizers(use_pl_optimizer=False))
+        index = list(self._optim).index(name)
+        optimizer = optimizers[index] if isinstance(optimizers, list) else optimizers
+        return optimizer.param_groups[0]["lr"] if self.network_updates[name] else 0.0
+
     def step(self, name: str) -> Float[Tensor, ""]:
         """Clip and apply a network's gradients unless they are not finite; return their norm.
 

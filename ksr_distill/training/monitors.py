@@ -84,7 +84,7 @@ class HealthMonitor(Callback):
         values: dict[str, Tensor | float] = dict(pl_module.last_values)
         for i, name in enumerate(pl_module.trainable_networks()):
             values[f"train/{name}_updates"] = float(pl_module.network_updates[name])
-            values[f"train/{name}_learning_rate"] = pl_module.learning_rate(name)
+            values[f"train/{name}_learning_rate"] = pl_module.last_learning_rate(name)
             values[f"health/{name}_skipped_updates"] = pl_module.skipped_updates[i]
         if isinstance(pl_module, DistillationModule) and pl_module.last_outputs is not None:
             outputs = pl_module.last_outputs

@@ -120,6 +120,19 @@ def test_a_run_does_not_go_on_as_another_kind_of_model(
     assert checkpoint_of(tmp_path).resolve() == before
 
 
+def test_the_logged_rate_is_that_of_the_update_beside_it(finished):
+    rows = (finished["quickstart_flash"] / "run" / "metrics.csv").read_text().splitlines()
+    rates = {(u, name): float(v) for u, name, v in (r.split(",") for r in rows[1:])}
+    logged = [
+        [rates[str(u), f"train/{who}_learning_rate"] for u in range(1, NUM_UPDATES + 1)]
+        for who in ("critic", "student")
+    ]
+    assert logged[0] == pytest.approx([1e-3 * n / 6 for n in (1, 2, 3, 4, 5)])
+    falling = [1, 1, 1, 1, 2 / 3, 1 / 3]  # over the last 60 % of the five
+    moves = [3e-5 * n / 6 * falling[n + 1] for n in (1, 2, 3, 4)]
+    assert logged[1] == pytest.approx([0.0, *moves])
+
+
 def test_a_figure_that_no_validation_logs_is_refused_before_the_first_update(files, tmp_path):
     monitor = "callbacks.checkpoint.monitor=val/pnsr_y"
     with pytest.raises(ValueError, match=r"val/pnsr_y. is not among .*use one of val/psnr"):
