@@ -186,6 +186,14 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             sweep_orphans(self.folder, update)
             self._say_if_nothing_is_best(trainer)
+        if trainer.strategy.broadcast(trainer.is_global_zero and self._lacks_figures(trainer)):
+            validate_now(trainer)
+
+    def _lacks_figures(self, trainer: pl.Trainer) -> bool:
+        """Return whether the run was killed between a save and the end of its validation."""
+        update, every = completed_updates(trainer), trainer.val_check_batch
+        is_due = update and sum(trainer.num_val_batches) and every and update % every == 0
+        return bool(is_due) and not read_manifest(path_of_update(self.folder, update))["metrics"]
 
     def _say_if_nothing_is_best(self, trainer: pl.Trainer) -> None:
         if self.monitor is not None and self.keep_best and trainer.limit_val_batches == 0:
@@ -350,6 +358,15 @@ def reopen_if_longer(loop: dict[str, Any], num_updates: int) -> None:
         batches["is_last_batch"] = False
         for count in ("total", "current"):
             loop["epoch_progress"][count] |= {"processed": 0, "completed": 0}
+
+
+def validate_now(trainer: pl.Trainer) -> None:
+    """Validate before the first update, as Lightning does between two; it passes over this one."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    trainer.validating = True
+    loop.restarting = False
+    loop.run()
+    trainer.training = True
 
 
 def completed_updates(trainer: pl.Trainer) -> int:

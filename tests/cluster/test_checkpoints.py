@@ -201,6 +201,31 @@ def test_a_validation_does_not_wait_for_a_write_and_its_figure_is_noted_after_it
     assert (tmp_path / "best.ckpt").resolve() == path_of_update(tmp_path, 3)
 
 
+def test_a_validation_that_a_run_was_killed_in_is_made_up_for(tmp_path: Path) -> None:
+    validated: list[int] = []
+
+    def die(module: TwoPlayers, place: str) -> None:
+        if place == "validation":
+            raise KeyboardInterrupt
+
+    def note(module: TwoPlayers, place: str) -> None:
+        if place == "validation":
+            validated.append(module.update)
+
+    often = {"every_updates": 3}
+    whole = train(tmp_path / "whole", checkpoint=often)
+    first, again = TwoPlayers(), TwoPlayers()
+    first.at, again.at = die, note
+    with pytest.raises(SystemExit):
+        train(tmp_path / "parts", module=first, checkpoint=often)
+    saved = path_of_update(tmp_path / "parts", 3)
+    assert last_good_checkpoint(tmp_path / "parts") == saved
+    assert not read_manifest(saved)["metrics"]
+    assert train(tmp_path / "parts", module=again, checkpoint=often) == whole
+    train(tmp_path / "parts", module=again, checkpoint=often)  # it has ended
+    assert validated == [3, 6]
+
+
 def test_a_foreground_and_a_background_run_end_equal(tmp_path: Path) -> None:
     often = {"every_updates": 1}
     ends = [
