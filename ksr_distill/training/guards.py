@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from ksr_distill.training.checkpoint_folder import checkpoint_files
 from ksr_distill.training.checkpoints import RunCheckpoint, callbacks_of, completed_updates
+from ksr_distill.training.settings import require
 from ksr_distill.training.strategy import HostAgreement
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,12 @@ class NonFiniteGuard(Callback):
                 )
 
 
+def is_range(ends: Any) -> bool:
+    """Return whether these are two numbers, the lower one first."""
+    is_pair = isinstance(ends, Sequence) and not isinstance(ends, str) and len(ends) == 2
+    return is_pair and all(type(end) in (int, float) for end in ends) and ends[0] <= ends[1]
+
+
 class CollapseMonitor(Callback):
     """Warns when a logged metric stays outside its range; can stop the run."""
 
@@ -77,11 +84,16 @@ class CollapseMonitor(Callback):
 
         Args:
             ranges: Lowest and highest healthy value by metric; ``*`` stands for anything.
-            advice: What to do, by the same patterns.
+            advice: What to do, by the same patterns; a range may have none.
             every_updates: How often to look: as often as the metrics are logged.
             warn_after: Warn after this many values in a row outside the range.
             stop_after: Stop after this many; None: only warn.
+
+        Raises:
+            ValueError: If a range is none; names its key.
         """
+        for name, ends in ranges.items():
+            require(is_range(ends), f"callbacks.collapse.ranges.{name}", ends, "[lowest, highest]")
         self.ranges = {name: (float(low), float(high)) for name, (low, high) in ranges.items()}
         self.advice = advice
         self.every_updates = every_updates
@@ -121,7 +133,7 @@ class CollapseMonitor(Callback):
             self._outside[name] = looks
             told = (
                 f"{name}={value:.4g} has been outside [{low:g}, {high:g}] for {looks} looks in a "
-                f"row: {self.advice[pattern]}"
+                f"row: {self.advice.get(pattern, 'look at previews/ and metrics.csv')}"
             )
             if looks == self.warn_after:
                 log.warning("%s", told)

@@ -30,9 +30,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "every_updates": (1, math.inf), "warn_after": (1, math.inf), "stop_after": (1, math.inf),
     "background_above_mb": (0, math.inf), "stay_alive_s": (0, math.inf),
     "init_timeout_s": (1, math.inf), "num_nodes": (1, math.inf), "max_epochs": (1, 1),
+    "check_val_every_n_epoch": (1, 1),
     "head_channels": (1, math.inf), "dropout": (0, 1),
 }  # fmt: skip
-"""Both ends are allowed. ``max_epochs``: the loader ends after num_updates."""
+"""Both ends are allowed. A run is one epoch: the loader ends after num_updates."""
 
 WORDS = {
     int: "a whole number", float: "a number", bool: "true or false", str: "a text",

@@ -12,7 +12,7 @@ import pytest
 from processes import Processes, wait_until
 from two_players import TwoPlayers, train
 
-from ksr_distill.training.guards import CollapseMonitor, NonFiniteGuard
+from ksr_distill.training.guards import CollapseMonitor, NonFiniteGuard, is_range
 from ksr_distill.training.wandb_logger import GuestWandbLogger
 from ksr_distill.training.watchdog import EXIT_STALLED, StallWatchdog
 
@@ -66,6 +66,25 @@ def test_a_collapse_is_warned_of_once_with_the_figure(
     assert len(told) == 1
     assert "health/auc_head_2=0.993 has been outside [0.5, 0.98] for 2 looks" in told[0]
     assert "lower the critic's rate" in told[0]
+
+
+def test_a_range_without_advice_is_watched_and_what_is_no_range_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def watching(ends: Any) -> CollapseMonitor:
+        return CollapseMonitor(
+            ranges={"health/mean_drift": ends}, advice={}, every_updates=1, warn_after=1,
+            stop_after=None,
+        )  # fmt: skip
+
+    monitor = watching([0.0, 0.1])
+    assert monitor.look("health/mean_drift", 0.05) == ""
+    monitor.look("health/mean_drift", 0.5)
+    assert "outside [0, 0.1] for 1 looks in a row: look at previews/" in caplog.text
+    assert not any(is_range(ends) for ends in ("01", 0.5, ["a", "b"], [True, 2], None))
+    for ends in ([0.0], [1.0, 0.0], [0.0, 1.0, 2.0]):
+        with pytest.raises(ValueError, match=r"callbacks\.collapse\.ranges\.health/mean_drift="):
+            watching(ends)
 
 
 def test_a_collapse_can_stop_the_run(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ WRONG = [
     ("diffusion.num_inference_steps", "four"), ("optim.student.learning_rate", "1e-4x"),
     ("loss.student.l1", [1]), ("loss.game.critic_warmup_updates", 1.5),
     ("degradation.first.blur.prob", "abc"), ("trainer.max_epochs", -1),
+    ("trainer.check_val_every_n_epoch", 2),
     ("trainer.precision", "bf15"), ("trainer.num_nodes", "two"), ("callbacks.health", 3),
     ("callbacks.checkpoint.mode", "up"), ("callbacks.checkpoint.every_updates", 0),
     ("callbacks.stall.timeout_s", 0), ("logger.csv.folder", 3),
