@@ -42,7 +42,7 @@ def load_model_folder(path: Path, *, scale: int, device: torch.device, half: boo
     if own_scale != scale:
         raise ValueError(
             f"model={path} enlarges by {own_scale}, the benchmark is ×{scale}; "
-            "give a benchmark of the model's scale"
+            f"give a benchmark of the model's scale, or scale={own_scale} with photos"
         )
     class_name = index.get("_class_name")  # a self-contained folder names a module before it
     class_name = class_name[-1] if isinstance(class_name, list) else class_name

@@ -127,7 +127,7 @@ def test_entries_that_cannot_be_are_refused(options, message, tmp_path):
 
 
 def test_folders_that_do_not_fit_are_refused(student_folder, tmp_path):
-    with pytest.raises(ValueError, match="enlarges by 2, the benchmark is ×4"):
+    with pytest.raises(ValueError, match=r"enlarges by 2, the benchmark is ×4.*or scale=2 with"):
         build(ModelSpec("s", student_folder), scale=4)
     with pytest.raises(ValueError, match="missing is not there; give what `ksr export` made"):
         build(ModelSpec("s", tmp_path / "missing"))
