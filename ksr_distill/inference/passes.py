@@ -181,7 +181,7 @@ class Tiling:
             return replace(self, batch=self.batch // 2)
         side = max(plan.rows.tile, plan.columns.tile)
         half = side // 2 // align * align
-        if half < max(SMALLEST_TILE_PX, align):
+        if half < max(SMALLEST_TILE_PX, 2 * align):  # one stride leaves no room for an overlap
             raise ValueError(
                 f"out of memory with tile={side}, the smallest; use --device cpu, a smaller model, "
                 "or free some memory"

@@ -123,7 +123,8 @@ def plan_tiles(height: int, width: int, *, tile_px: int, overlap_px: int, align:
         overlap_px: Width of the blended ramps.
 
     Raises:
-        ValueError: If the tile is no multiple of ``align`` or the overlap too wide for it.
+        ValueError: If the tile is no multiple of ``align`` or the overlap too wide for it: more
+            than a quarter, or so much that the next tile could not begin at another multiple.
     """
     if tile_px < align or tile_px % align:
         raise ValueError(
@@ -134,6 +135,11 @@ def plan_tiles(height: int, width: int, *, tile_px: int, overlap_px: int, align:
         raise ValueError(
             f"overlap={overlap_px} is outside 0…{tile_px // 4}, a quarter of the tile; "
             f"use {tile_px // 8}"
+        )
+    if tile_px - overlap_px < align:
+        raise ValueError(
+            f"tile={tile_px} is one stride of the network, which leaves no room for an overlap of "
+            f"{overlap_px}; use {4 * align}"
         )
     options = {"tile": tile_px, "overlap": overlap_px, "align": align}
     return TilePlan(plan_axis(height, **options), plan_axis(width, **options))

@@ -58,11 +58,12 @@ def test_any_batch_of_tiles_gives_the_same_pixels(unet, in_order, batch):
 class DoublingWithLittleMemory:
     """Repeats each pixel, and runs out of memory above a number of output pixels."""
 
-    stage, factor, align, dtype = 0, 2, 8, torch.float32
+    stage, factor, dtype = 0, 2, torch.float32
     largest_tile_px = widest_overlap_px = None
 
-    def __init__(self, pixels):
+    def __init__(self, pixels, align=8):
         self.pixels = pixels
+        self.align = align
 
     def working_bytes(self, tile_px, batch):
         return 4 * batch * tile_px**2
@@ -92,6 +93,11 @@ def test_out_of_memory_halves_the_batch_and_then_the_tile(caplog):
 def test_out_of_memory_with_the_smallest_tile_is_an_error_with_a_remedy():
     with pytest.raises(ValueError, match=r"out of memory with tile=64.*--device cpu"):
         enlarged([DoublingWithLittleMemory(10)])
+
+
+def test_out_of_memory_leaves_room_for_an_overlap_beside_a_wide_stride():
+    with pytest.raises(ValueError, match=r"out of memory with tile=128, the smallest"):
+        enlarged([DoublingWithLittleMemory(10, align=64)], tiling=Tiling(128))
 
 
 def test_other_errors_of_the_network_are_not_taken_for_memory(unet):

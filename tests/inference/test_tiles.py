@@ -40,6 +40,7 @@ def test_tiles_are_no_larger_than_it_takes():
         (100, 8, r"tile=100 is not a multiple of 8.*use 96"),
         (64, 17, r"overlap=17 is outside 0…16.*use 8"),
         (64, -1, r"overlap=-1 is outside"),
+        (8, 1, r"tile=8 is one stride.*overlap of 1; use 32"),
     ],
 )
 def test_a_tile_that_cannot_be_is_refused_with_one_that_can(tile, overlap, message):
