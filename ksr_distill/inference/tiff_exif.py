@@ -98,7 +98,7 @@ def add_exif(path: Path, exif: bytes) -> None:
     """
     try:
         fields, sub_directories = _parse(exif.removeprefix(b"Exif\0\0"))
-    except (struct.error, KeyError, ValueError) as error:
+    except (struct.error, LookupError, ValueError) as error:
         raise ValueError(f"has damaged EXIF ({error})") from error
     with path.open("r+b") as file:
         header = file.read(BIG_TIFF_HEADER_BYTES)

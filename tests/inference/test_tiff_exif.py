@@ -85,6 +85,18 @@ def test_a_classic_tiffs_exif_is_read_whatever_its_pixels(tmp_path):
     assert PIL.Image.open(tmp_path / "out.png").getexif()[0x010E] == "a description"
 
 
+def test_a_pointer_without_a_value_is_damaged_exif(tmp_path, caplog):
+    block = exif_block("<")
+    pointer = struct.pack("<HHL", EXIF_POINTER, 4, 1)
+    assert pointer in block
+    empty = block.replace(pointer, struct.pack("<HHL", EXIF_POINTER, 4, 0))
+    PIL.Image.fromarray(RGB).save(tmp_path / "in.jpg", exif=empty)
+    with caplog.at_level(logging.WARNING):
+        doubled(tmp_path / "in.jpg", tmp_path / "out.tif", name="tif")
+    assert "in.jpg has damaged EXIF" in caplog.text
+    assert open_picture(tmp_path / "out.tif").width == 600
+
+
 def test_damaged_exif_is_left_out_and_said(tmp_path, caplog):
     block = exif_block("<")
     PIL.Image.fromarray(RGB).save(tmp_path / "in.jpg", exif=block[:-20] + b"\xff" * 4)
