@@ -1,10 +1,11 @@
 """Any picture file as a raster: what its mode, depth, orientation and profile say is respected."""
 
 import math
+import os
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from ksr_distill.inference.tiff_exif import exif_fields
 DEFAULT_MAX_MEGAPIXELS = 120.0
 """Above any camera's; Pillow's own limit lets 689 MB pass without a word."""
 
-SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm",
-            ".ppm", ".tga", ".tif", ".tiff", ".webp")  # fmt: skip
+SUFFIXES = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+            ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp")  # fmt: skip
 """What a folder is searched for. A single file may have any name."""
 
 UNKNOWN_RESOLUTION = 1.0
@@ -117,6 +118,8 @@ def open_picture(path: Path, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) 
     """
     if path.stat().st_size == 0:
         raise ValueError(f"{path} has zero bytes; it is no picture")
+    if not _is_utf8(path):
+        raise ValueError(f"{path} has a name that is not UTF-8, as libvips wants it; rename it")
     pyvips.block_untrusted_set(True)
     try:
         image = _decoded(path, max_megapixels)
@@ -127,6 +130,15 @@ def open_picture(path: Path, *, max_megapixels: float = DEFAULT_MAX_MEGAPIXELS) 
         return _as_picture(path, image, notes)
     except pyvips.Error as error:
         raise ValueError(f"{path} cannot be read as a picture: {in_one_line(error)}") from error
+
+
+def _is_utf8(path: Path) -> bool:
+    """Tell whether a path can be named in UTF-8: one from an old archive may be in Latin-1."""
+    try:
+        os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def upright(path: Path) -> pyvips.Image:
@@ -162,6 +174,8 @@ def _decoded_by_pillow(path: Path, max_megapixels: float) -> pyvips.Image:
             _check_size(path, *image.size, max_megapixels)
             if image.mode in ("I", "F"):
                 return _of_wide_samples(np.asarray(image))
+            if image.mode == "1":
+                image = image.convert("L")  # noqa: PLW2901 - grey stays grey
             if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16"):
                 image = image.convert("RGBA" if image.has_transparency_data else "RGB")  # noqa: PLW2901
             return pyvips.Image.new_from_array(np.asarray(image))
@@ -209,7 +223,10 @@ def _notes(path: Path, image: pyvips.Image) -> tuple[str, ...]:
     fields = image.get_fields()
     num_pages = image.get("n-pages") if "n-pages" in fields else 1
     if "vips-loader" in fields and image.get("vips-loader") == "pngload":
-        with _without_pillows_limit(), PIL.Image.open(path) as png:  # libvips knows no APNG
+        # libvips knows no APNG. What Pillow refuses (long texts, say) may be a whole picture yet.
+        silent = warnings.catch_warnings(action="ignore")
+        passing = suppress(OSError, SyntaxError, ValueError)
+        with passing, silent, _without_pillows_limit(), PIL.Image.open(path) as png:
             num_pages = getattr(png, "n_frames", 1)
     if isinstance(num_pages, int) and num_pages > 1:
         return (f"has {num_pages} frames or pages; only the first is used",)

@@ -1,3 +1,4 @@
+import os
 import struct
 import zlib
 
@@ -173,6 +174,33 @@ def test_an_animated_png_says_so_too(tmp_path):
     frames[0].save(tmp_path / "in.png", save_all=True, append_images=frames[1:])
     notes = ("has 2 frames or pages; only the first is used",)
     assert open_picture(tmp_path / "in.png").notes == notes
+
+
+def test_a_png_with_more_text_than_pillow_reads_is_a_picture(tmp_path):
+    """Pillow refuses a text of more than a megabyte, as programs put their settings into."""
+    PIL.Image.fromarray(RGB).save(tmp_path / "short.png")
+    short = (tmp_path / "short.png").read_bytes()
+    body = b"workflow\0\0" + zlib.compress(bytes(3_000_000))
+    text = struct.pack(">I", len(body)) + b"zTXt" + body
+    text += struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    end_of_header = 8 + 25
+    (tmp_path / "in.png").write_bytes(short[:end_of_header] + text + short[end_of_header:])
+    with pytest.raises(ValueError, match="too large"):
+        PIL.Image.open(tmp_path / "in.png")
+    assert open_picture(tmp_path / "in.png").notes == ()
+
+
+def test_a_name_that_is_not_utf8_is_refused_in_plain_words(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xe9t\xe9.png")
+    PIL.Image.fromarray(RGB).save(path)
+    with pytest.raises(ValueError, match=r"has a name that is not UTF-8.*rename it"):
+        open_picture(path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "bmp", "pbm"])
+def test_black_and_white_is_grey_in_every_format(tmp_path, suffix):
+    PIL.Image.fromarray(RGB).convert("1").save(tmp_path / f"in.{suffix}")
+    assert open_picture(tmp_path / f"in.{suffix}").is_grey
 
 
 def upright_rgb(orientation):

@@ -262,6 +262,13 @@ def test_two_deepzooms_of_which_one_would_lie_in_the_other_are_refused_at_once(k
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_is_searched_for_what_browsers_and_phones_save(tmp_path):
+    for name in ("a.jfif", "b.jpe", "c.heif", "d.pbm", "e.txt"):
+        (tmp_path / name).touch()
+    jobs = plan_jobs(tmp_path, tmp_path / "out", name=None)
+    assert [job.target.name for job in jobs] == ["a.png", "b.png", "c.png", "d.png"]
+
+
 def test_a_folder_without_pictures_is_an_error(ksr, tmp_path):
     (tmp_path / "in").mkdir()
     result = ksr(tmp_path / "in", "-o", tmp_path / "out")
