@@ -16,6 +16,8 @@ and bfloat16 on a CPU, from 16 to 128 channels and 512² to 1280²; 13 at 2048²
 ACCELERATED_UNET_PER_PX, ACCELERATED_MOVQ_PER_PX = 4.5, 8
 """The same with the fast operations: 3.4 and 7.3 (measured)."""
 
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
 LARGEST_TILE_PX = {"cpu": 1280, "cuda": 2048}
 """On a GPU 1024² → 2048² is one tile. On a CPU a megapixel doubled is four tiles of 1024 px in less
 than 1.5 GB."""
@@ -71,14 +73,33 @@ def largest_fitting_tile(worker: Worker, device: torch.device) -> int:
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """Return the device's free memory; on a CPU within the container's limit."""
+    """Return what the device has left; on a CPU within the limits of the container or the job.
+
+    What torch keeps on a GPU for its next tensors is free to them: without it, a folder's second
+    picture would get smaller tiles than its first.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = psutil.virtual_memory().available
-    limit, usage = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(usage.read_text()))
-    return available
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return min([psutil.virtual_memory().available, *_left_within_limits(CGROUPS, OWN_CGROUP)])
+
+
+def _left_within_limits(root: Path, own: Path) -> list[int]:
+    """Return what each limit above this process leaves (Linux, cgroup v2).
+
+    A container sees its own limit at the root, a job of Slurm or of systemd its in a folder below.
+    Pages of files that were read count as used, but go when memory is wanted.
+    """
+    lines = own.read_text().splitlines() if own.is_file() else []
+    place = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    left = []
+    for folder in (root / place, *(root / place).parents):
+        limit = folder / "memory.max"
+        if limit.is_file() and (bound := limit.read_text().strip()) != "max":
+            used = int((folder / "memory.current").read_text())
+            fields = dict(line.split() for line in (folder / "memory.stat").open())
+            left.append(int(bound) - used + int(fields.get("inactive_file", 0)))
+    return left
 
 
 def as_size(num_bytes: float | int) -> str:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ksr_distill.diffusion import sample_teacher, window_views
-from ksr_distill.inference.memory import weight_bytes
+from ksr_distill.inference.memory import free_memory_bytes, weight_bytes
 from ksr_distill.inference.noise import PlaceNoise, Window
 from ksr_distill.inference.passes import is_out_of_memory
 from ksr_distill.models import KSRUNet
@@ -100,7 +100,7 @@ class TeacherPass:
         """
         if self.device.type != "cuda":
             return 1
-        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        free_bytes = free_memory_bytes(self.device)
         return views_that_fit(free_bytes, bytes_per_view=self.bytes_per_view(self.window_px))
 
     def bytes_per_view(self, window_px: int) -> int:

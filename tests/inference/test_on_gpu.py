@@ -9,10 +9,16 @@ import torch
 from typer.testing import CliRunner
 
 from ksr_distill.cli import app
-from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline, loading
+from ksr_distill.inference import (
+    KSRFlashPipeline,
+    KSRTeacherPipeline,
+    loading,
+    memory,
+    teacher_pass,
+)
 from ksr_distill.inference.acceleration import can_accelerate, operations
 from ksr_distill.inference.loading import load_pipeline, runs_fast
-from ksr_distill.inference.memory import largest_fitting_tile
+from ksr_distill.inference.memory import free_memory_bytes, largest_fitting_tile
 from tests.inference.conftest import photo_like
 from tests.inference.whole import whole_pipeline
 
@@ -174,8 +180,17 @@ def test_the_tile_follows_from_the_free_memory(on_gpu, monkeypatch):
     assert largest_fitting_tile(first, device) == 2048
     for tile_px in (1024, 512, 256):
         free = int(first.working_bytes(tile_px, 1) / 0.8) + 1
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_, free=free: (free, free))
+        monkeypatch.setattr(memory, "free_memory_bytes", lambda _, free=free: free)
         assert largest_fitting_tile(first, device) == tile_px
+
+
+def test_what_torch_keeps_for_its_next_tensors_is_free():
+    device = torch.device(DEVICE)
+    torch.cuda.empty_cache()
+    before = free_memory_bytes(device)
+    torch.empty(1 << 30, dtype=torch.uint8, device=device)
+    assert torch.cuda.memory_reserved(device) >= 1 << 30
+    assert free_memory_bytes(device) > before - (1 << 29)
 
 
 @pytest.fixture
@@ -197,7 +212,7 @@ def test_the_views_follow_from_the_free_memory(teacher, monkeypatch):
     (only_pass,) = teacher.passes(2, seed=0)
     assert only_pass.affordable_views() > 100  # tiny views on a large GPU
     free = int(3.5 * only_pass.bytes_per_view(64) / 0.8)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (free, free))
+    monkeypatch.setattr(teacher_pass, "free_memory_bytes", lambda _: free)
     assert only_pass.affordable_views() == 3
 
 
