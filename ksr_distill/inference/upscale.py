@@ -1,8 +1,10 @@
 """One picture file to one enlarged file, in memory or streamed through the disk."""
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from threading import Lock
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +15,7 @@ from ksr_distill.inference.deepzoom import check_replaceable
 from ksr_distill.inference.enlarging import draw_seeds, resized
 from ksr_distill.inference.estimate import Estimate, check_disk, estimate_job
 from ksr_distill.inference.jobs import Job, Shard
-from ksr_distill.inference.memory import largest_fitting_tile
+from ksr_distill.inference.memory import free_memory_bytes, largest_fitting_tile
 from ksr_distill.inference.passes import TilePass, Tiling, plan_passes, run_passes, wait_until_whole
 from ksr_distill.inference.pictures import DEFAULT_MAX_MEGAPIXELS, Picture, open_picture
 from ksr_distill.inference.pipeline import KSRFlashPipeline
@@ -21,6 +23,7 @@ from ksr_distill.inference.teacher import KSRTeacherPipeline
 from ksr_distill.inference.tiles import BlendedRaster
 from ksr_distill.inference.workspace import (
     Workspace,
+    begun_job,
     file_fingerprint,
     used_bytes,
     weights_fingerprint,
@@ -93,7 +96,7 @@ class Upscaler:
         settings = self.settings
         picture = open_picture(job.source, max_megapixels=settings.max_megapixels)
         passes = self._passes()
-        tiling = self._tiling(passes)
+        tiling = self._tiling_of(job, passes)
         bits = self._bits(picture, job.name)
         height, width = (round(side * settings.scale) for side in (picture.height, picture.width))
         has_alpha = picture.alpha is not None
@@ -176,6 +179,22 @@ class Upscaler:
             tile_px = largest_fitting_tile(passes[0], device)
         return Tiling(tile_px, settings.overlap_px, settings.tile_batch_size)
 
+    def _tiling_of(self, job: Job, passes: list[TilePass]) -> Tiling:
+        """Return a picture's tiling: that of its own tiles on disk, where memory holds them yet.
+
+        What fits depends on what else runs, and with another size all that is done would be lost.
+        """
+        tiling, begun = self._tiling(passes), begun_job(job.target)
+        tile_px = begun.get("tile_px")
+        if self.settings.tile_px is not None or not isinstance(tile_px, int):
+            return tiling
+        device = self.pipeline._execution_device
+        if passes[0].working_bytes(tile_px, tiling.batch) > free_memory_bytes(device):
+            return tiling
+        resumed = replace(tiling, tile_px=tile_px)
+        wanted = json.loads(json.dumps(self._decisive(job, resumed)))
+        return resumed if begun == wanted else tiling
+
     def _bits(self, picture: Picture, name: str) -> int:
         if self.settings.bits is not None:
             return self.settings.bits
@@ -188,13 +207,23 @@ class Upscaler:
         untimed = estimate_job(picture, passes, tiling, seconds_per_px=None, **options)
         if self.measure is None or not (untimed.workspace_bytes or self.is_dry_run):
             return untimed
-        rates = self.measure(passes)
-        return estimate_job(picture, passes, tiling, seconds_per_px=rates, **options)
+        return estimate_job(picture, passes, tiling, seconds_per_px=self._rates, **options)
+
+    @cached_property
+    def _rates(self) -> list[float] | None:
+        """Seconds per pixel of each pass, measured once: they are every picture's."""
+        return None if self.measure is None else self.measure(self._passes())
 
     def _open_workspace(self, job: Job, tiling: Tiling) -> AbstractContextManager[Workspace]:
+        index, count = self.shard
+        decisive = self._decisive(job, tiling)
+        return Workspace.open(job.target, decisive, worker=index, num_workers=count)
+
+    def _decisive(self, job: Job, tiling: Tiling) -> dict[str, object]:
+        """Return everything that decides a pixel."""
         pipeline, settings = self.pipeline, self.settings
         models = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
-        decisive: dict[str, object] = {
+        return {
             "picture": file_fingerprint(job.source),
             "weights": weights_fingerprint(models),
             "model": {k: v for k, v in pipeline.config.items() if not k.startswith("_")},
@@ -206,5 +235,3 @@ class Upscaler:
             "tile_px": tiling.tile_px,
             "overlap_px": tiling.overlap_px,
         }
-        index, count = self.shard
-        return Workspace.open(job.target, decisive, worker=index, num_workers=count)

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +232,15 @@ def _clear(folder: Path) -> None:
 def workspace_folder(target: Path) -> Path:
     """Return where the tiles of a target lie while it is made."""
     return target.with_name(f".{target.name}.ksr-work")
+
+
+def begun_job(target: Path) -> Mapping[str, object]:
+    """Return what decides the pixels of the tiles that a target has already; nothing without."""
+    try:
+        job = json.loads((workspace_folder(target) / MANIFEST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return {}
+    return job if isinstance(job, dict) else {}
 
 
 def used_bytes(target: Path) -> int:

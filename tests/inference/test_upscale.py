@@ -577,6 +577,37 @@ def test_a_killed_job_goes_on_where_it_was_to_the_same_file(
     assert names(tmp_path) == ["big.png", "photo.png", "whole.png"]
 
 
+def test_tiles_on_disk_are_kept_when_other_ones_would_fit(ksr, photo, tmp_path, counted_writes):
+    def fails_at_the_tenth(self, index, pixels):
+        if len(counted_writes) == 10:
+            raise OSError("no space left")
+        write(self, index, pixels)
+
+    write = workspace.TileFile.write
+    arguments = (photo, "-o", tmp_path / "big.png", "--scale", "8")
+    with pytest.MonkeyPatch.context() as first:
+        first.setattr(upscale, "largest_fitting_tile", lambda *_: 64)
+        first.setattr(workspace.TileFile, "write", fails_at_the_tenth)
+        assert ksr(*arguments).exit_code == 1
+    with pytest.MonkeyPatch.context() as second:
+        second.setattr(upscale, "largest_fitting_tile", lambda *_: 128)
+        assert ksr(*arguments).exit_code == 0
+    num_tiles = len(counted_writes)
+    assert ksr(photo, "-o", tmp_path / "whole.png", *EIGHTFOLD).exit_code == 0
+    assert len(counted_writes) == 2 * num_tiles  # none was made twice
+    assert (tmp_path / "big.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+
+
+def test_the_speed_is_measured_once_for_a_folder(ksr, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(estimate, "measure_speed", lambda passes: measured.append(1) or [1e-6])
+    for name in ("a.png", "b.png", "c.png"):
+        PIL.Image.fromarray(RGB).save(tmp_path / name)
+    result = ksr(tmp_path, "--dry-run")
+    assert result.stderr.count("about 1 s") == 3
+    assert len(measured) == 1
+
+
 @pytest.mark.parametrize("is_there", [False, True])
 def test_processes_that_share_a_picture_make_the_same_file(
     ksr, model_folder, photo, tmp_path, counted_writes, is_there
