@@ -1,11 +1,13 @@
 """Rasters to files: row by row, so that memory does not grow with the picture, and atomically."""
 
 import logging
+import re
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyvips
@@ -26,6 +28,10 @@ STRIP_PX = 1 << 17
 
 PYRAMID_ABOVE_PX = 1 << 26
 """TIFFs of more than 67 megapixels carry smaller copies of themselves: viewers open those first."""
+
+
+XMP_ORIENTATION = re.compile(rb"""(\btiff:Orientation\s*(?:=\s*["']|>)\s*)[1-8](?=\s*["'<])""")
+"""Some programs believe it before EXIF's (XMP specification part 2, §3.1, the tiff namespace)."""
 
 
 @dataclass(frozen=True)
@@ -189,10 +195,16 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 def _with_metadata(image: pyvips.Image, picture: Picture) -> pyvips.Image:
     image = image.copy(xres=picture.resolution[0], yres=picture.resolution[1])
     for name, (kind, value) in picture.metadata.items():
-        image.set_type(kind, name, value)
+        kept: Any = upright_xmp(value) if name == "xmp-data" else value
+        image.set_type(kind, name, kept)
     # The pixels are upright now. libvips writes this over what the EXIF block says.
     image.set_type(pyvips.GValue.gint_type, "orientation", 1)
     return image
+
+
+def upright_xmp(xmp: bytes) -> bytes:
+    """Return XMP whose orientation is that of upright pixels, as an attribute or an element."""
+    return XMP_ORIENTATION.sub(rb"\g<1>1", bytes(xmp))
 
 
 def _add_exif(tiff: Path, picture: Picture) -> None:

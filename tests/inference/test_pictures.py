@@ -147,6 +147,20 @@ def test_a_picture_without_a_resolution_gets_what_exif_says(tmp_path, suffix):
     assert PIL.Image.open(tmp_path / "out.png").info["dpi"] == pytest.approx((72, 72), abs=0.1)
 
 
+@pytest.mark.parametrize(
+    "field", [b'<d tiff:Orientation="6"/>', b"<d><tiff:Orientation>6</tiff:Orientation></d>"]
+)
+@pytest.mark.parametrize("suffix", ["tif", "jpg", "png", "webp"])
+def test_xmp_says_as_exif_does_that_pixels_are_upright(tmp_path, suffix, field):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/">' + field + b"</x:xmpmeta>"
+    PIL.Image.fromarray(RGB).save(tmp_path / "in.jpg", exif=exif, xmp=xmp)
+    doubled(tmp_path / "in.jpg", tmp_path / f"out.{suffix}", name=suffix)
+    kept = pyvips.Image.new_from_file(str(tmp_path / f"out.{suffix}")).get("xmp-data")
+    assert bytes(kept) == xmp.replace(b"6", b"1")
+
+
 @pytest.mark.parametrize("suffix", ["tif", "jpg", "png"])
 def test_a_resolution_is_kept(tmp_path, suffix):
     PIL.Image.fromarray(RGB).save(tmp_path / f"in.{suffix}", dpi=(300, 150))
