@@ -10,7 +10,7 @@ import pyvips
 
 from ksr_distill.durable import replacing
 from ksr_distill.inference.jobs import Job
-from ksr_distill.inference.pictures import upright
+from ksr_distill.inference.pictures import in_one_line, upright
 
 PREVIEW_PX = 2048
 """Longest side of an embedded picture: about 1 MB each."""
@@ -42,7 +42,7 @@ def write_comparison(jobs: Sequence[Job], path: Path) -> None:
 
 def _cards(jobs: Sequence[Job], folder: Path) -> Iterator[dict[str, object]]:
     for job in jobs:
-        source, result = (upright(path) for path in (job.source, job.target))
+        (source, before), (result, after) = map(_preview, (job.source, job.target))
         name = job.target.relative_to(folder).as_posix()
         is_reduced = max(result.width, result.height) > PREVIEW_PX
         yield {
@@ -50,12 +50,21 @@ def _cards(jobs: Sequence[Job], folder: Path) -> Iterator[dict[str, object]]:
             "link": quote(name),
             "width": result.width,
             "height": result.height,
-            "before": _data_uri(source),
-            "after": _data_uri(result),
+            "before": before,
+            "after": after,
             "source_size": f"{source.width} × {source.height}",
             "result_size": f"{result.width} × {result.height}",
             "note": f" (shown here with at most {PREVIEW_PX} px a side)" if is_reduced else "",
         }
+
+
+def _preview(path: Path) -> tuple[pyvips.Image, str]:
+    """Return a picture, and what the page shows of it."""
+    try:
+        image = upright(path)
+        return image, _data_uri(image)
+    except pyvips.Error as error:  # a target that was there already may be anything
+        raise ValueError(f"{path} cannot be read as a picture: {in_one_line(error)}") from error
 
 
 def _data_uri(image: pyvips.Image) -> str:

@@ -117,6 +117,18 @@ def test_shards_split_a_folder_without_rest_or_overlap(ksr, tmp_path):
     assert names(tmp_path / "out1") == ["b.png", "d.png"]
 
 
+def test_a_torn_picture_among_those_to_compare_is_one_line(ksr, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    PIL.Image.fromarray(RGB).save(tmp_path / "in" / "a.png")
+    whole = (tmp_path / "in" / "a.png").read_bytes()
+    (tmp_path / "out" / "a.png").write_bytes(whole[: len(whole) // 2])
+    result = ksr(tmp_path / "in", "-o", tmp_path / "out", "--compare", "--skip-existing")
+    assert result.exit_code == 1
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert f"{tmp_path / 'out' / 'a.png'} cannot be read as a picture" in line
+
+
 def test_compare_writes_one_page_with_everything_in_it(ksr, tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "b.jpg"):
