@@ -11,7 +11,13 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ksr_distill.inference.images import Pictures, alphas, as_rasters, from_rasters
+from ksr_distill.inference.images import (
+    Pictures,
+    alphas,
+    as_rasters,
+    colour_profiles,
+    from_rasters,
+)
 from ksr_distill.inference.memory import largest_fitting_tile
 from ksr_distill.inference.passes import TilePass, Tiling, plan_passes, run_passes
 from ksr_distill.inference.rasters import Raster, ResampledRaster
@@ -181,7 +187,7 @@ class EnlargingPipeline(DiffusionPipeline):
                 self.enlarge(source, scale, seed=seed, tiling=tiling, **options)
                 for source, seed in zip(sources, seeds, strict=True)
             )
-            images = from_rasters(results, output_type, alphas(image))
+            images = from_rasters(results, output_type, alphas(image), colour_profiles(image))
         self.maybe_free_model_hooks()
         # diffusers' annotation forgets that its own pipelines put tensors here, too.
         return ImagePipelineOutput(images=images) if return_dict else (images,)  # type: ignore[arg-type]

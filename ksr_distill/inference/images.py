@@ -4,6 +4,7 @@ uint8 and uint16 span their range, floats [0, 1]; no other type says which numbe
 """
 
 import math
+import struct
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -23,6 +24,22 @@ ROWS_AT_ONCE = 256
 PEAKS = {torch.uint8: 255, torch.uint16: 65535}
 """The integer types that are read, and what is white in each."""
 
+ORIENTATION = 0x0112
+TURNS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+"""What turns a picture upright (EXIF 2.32, §4.6.4, Orientation), as ``ImageOps.exif_transpose``,
+which fails where it cannot write the EXIF anew."""
+
+RGB_MODES = ("RGB", "RGBA", "RGBX", "P")
+"""PIL's modes whose numbers an RGB profile explains, before and after ``convert("RGB")``."""
+
 BLUR_SIGMAS_PX = (32.0, 8.0, 2.0)
 """How far colour bleeds into transparent places, far to near, in pixels of the source."""
 
@@ -37,7 +54,7 @@ def as_rasters(image: Pictures) -> list[Raster]:
         ValueError: For a shape, a type or a range that is no picture's.
     """
     if isinstance(image, PIL.Image.Image):
-        return [TensorRaster(pil_to_tensor(image))]
+        return [TensorRaster(pil_to_tensor(upright_image(image)))]
     if isinstance(image, np.ndarray):
         batch = image if image.ndim == 4 else image[None]
         return [TensorRaster(array_to_tensor(one)) for one in batch]
@@ -50,6 +67,28 @@ def as_rasters(image: Pictures) -> list[Raster]:
             "image, an array, a tensor, or a list of them"
         )
     return [raster for one in image for raster in as_rasters(one)]
+
+
+def upright_image(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Return a PIL image turned as its EXIF says: the result has none that could say it again."""
+    try:
+        orientation = image.getexif().get(ORIENTATION)
+    except (SyntaxError, struct.error):  # damaged EXIF says nothing of the pixels
+        return image
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def colour_profiles(image: Pictures) -> list[bytes | None]:
+    """Return each picture's ICC profile, where it is one of RGB: that is what comes out.
+
+    A profile's bytes 16 to 19 name its colours (ICC.1:2022, §7.2.6).
+    """
+    if isinstance(image, PIL.Image.Image):
+        profile = image.info.get("icc_profile") or b""
+        return [profile if profile[16:20] == b"RGB " and image.mode in RGB_MODES else None]
+    if isinstance(image, np.ndarray | Tensor):
+        return [None] * (len(image) if image.ndim == 4 else 1)
+    return [profile for one in image for profile in colour_profiles(one)]
 
 
 def pil_to_tensor(image: PIL.Image.Image) -> Float[Tensor, "3 h w"]:
@@ -130,7 +169,7 @@ def alphas(image: Pictures) -> list[Raster | None]:
     if isinstance(image, PIL.Image.Image):
         if not image.has_transparency_data:
             return [None]
-        return [TensorRaster(colour_and_alpha(image)[3:] * 2 - 1)]
+        return [TensorRaster(colour_and_alpha(upright_image(image))[3:] * 2 - 1)]
     if isinstance(image, np.ndarray | Tensor):
         return [None] * (len(image) if image.ndim == 4 else 1)
     return [alpha for one in image for alpha in alphas(one)]
@@ -170,18 +209,22 @@ def of_unknown_range(dtype: np.dtype | torch.dtype) -> str:
 
 
 def from_rasters(
-    rasters: Iterable[Raster], output_type: str, alphas: Sequence[Raster | None]
+    rasters: Iterable[Raster],
+    output_type: str,
+    alphas: Sequence[Raster | None],
+    profiles: Sequence[bytes | None],
 ) -> list[PIL.Image.Image] | list[np.ndarray] | list[Tensor] | np.ndarray | Tensor:
     """Return pictures as ``pil``, ``np`` or ``pt``; arrays are stacked where sizes agree.
 
     Args:
         rasters: Asked for one by one: each is on the CPU before the next is made.
         alphas: Each source's transparency, of the source's size; PIL images get it, enlarged.
+        profiles: Each source's ICC profile; PIL images get it as their own have it, in ``info``.
     """
     if output_type == "pil":
         return [
-            PIL.Image.fromarray(with_alpha(raster, alpha))
-            for raster, alpha in zip(rasters, alphas, strict=True)
+            to_pil(raster, alpha, profile)
+            for raster, alpha, profile in zip(rasters, alphas, profiles, strict=True)
         ]
     units = [to_unit(raster) for raster in rasters]
     alike = len({unit.shape for unit in units}) == 1
@@ -189,6 +232,14 @@ def from_rasters(
         return torch.stack(units) if alike else units
     arrays = [unit.permute(1, 2, 0).numpy() for unit in units]
     return np.stack(arrays) if alike else arrays
+
+
+def to_pil(raster: Raster, alpha: Raster | None, profile: bytes | None) -> PIL.Image.Image:
+    """Return the raster as a PIL image with its source's transparency and profile."""
+    image = PIL.Image.fromarray(with_alpha(raster, alpha))
+    if profile is not None:
+        image.info["icc_profile"] = profile
+    return image
 
 
 def to_unit(raster: Raster) -> Float[Tensor, "3 H W"]:

@@ -100,8 +100,9 @@ class KSRFlashPipeline(EnlargingPipeline):
         """Return the pictures enlarged.
 
         Args:
-            image: A PIL image, an (H, W, C) array or a (3, h, w) tensor, a batch of them, or a
-                list. uint8 and uint16 span their range, floats [0, 1].
+            image: A PIL image, which is turned as its EXIF says, an (H, W, C) array or a (3, h, w)
+                tensor, a batch of them, or a list. uint8 and uint16 span their range, floats
+                [0, 1].
             scale: Any number ≥ 1; the model's own by default.
             num_inference_steps: Spread over the schedule as in training; by default the
                 timesteps that the folder names.
@@ -115,8 +116,9 @@ class KSRFlashPipeline(EnlargingPipeline):
             overlap_px: Width of the blended borders, an eighth of the tile by default, at most
                 48 px on a CPU.
             tile_batch_size: Tiles at once; changes the speed and the memory.
-            output_type: ``pil`` (with the transparency of a PIL source), ``np`` ((b, H, W, 3) in
-                [0, 1]) or ``pt`` ((b, 3, H, W) in [0, 1], on the CPU); lists where sizes differ.
+            output_type: ``pil`` (with a PIL source's transparency and RGB profile), ``np``
+                ((b, H, W, 3) in [0, 1]) or ``pt`` ((b, 3, H, W) in [0, 1], on the CPU); lists
+                where sizes differ.
             callback_on_step_end: Called with (pipeline, step, t, tensors) after each of the
                 student's steps on each batch of tiles; may return {"pred_x_0": …} to replace it.
                 diffusers' callback objects work, too.

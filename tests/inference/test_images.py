@@ -1,10 +1,12 @@
 import numpy as np
 import PIL.Image
+import PIL.ImageCms
+import PIL.ImageOps
 import pytest
 import pyvips
 import torch
 
-from ksr_distill.inference.images import alphas, as_rasters, visible_colour
+from ksr_distill.inference.images import alphas, as_rasters, upright_image, visible_colour
 from ksr_distill.inference.noise import Window
 from ksr_distill.inference.pictures import bleed
 
@@ -100,3 +102,41 @@ def test_the_name_of_a_file_is_no_picture():
     unchecked = getattr(as_rasters, "__wrapped__", as_rasters)  # outside tests nobody checks types
     with pytest.raises(ValueError, match="image is str; give a PIL image"):
         unchecked("photo.jpg")
+
+
+@pytest.mark.parametrize("orientation", range(9))
+def test_every_orientation_is_turned_as_pillow_does(orientation):
+    image = PIL.Image.fromarray(RGBA[..., :3])
+    image.getexif()[0x0112] = orientation
+    expected = PIL.ImageOps.exif_transpose(image)
+    assert upright_image(image).tobytes() == expected.tobytes()
+
+
+def test_damaged_exif_turns_nothing():
+    image = PIL.Image.fromarray(RGBA[..., :3])
+    image.info["exif"] = b"no exif"
+    assert upright_image(image) is image
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_pil_image_is_turned_as_its_exif_says(pipeline, mode):
+    image = PIL.Image.fromarray(RGBA[:10, :16]).convert(mode)
+    turned = image.transpose(PIL.Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # to be shown turned back by 90°
+    results = [
+        pipeline(one, generator=torch.Generator().manual_seed(0)).images[0]
+        for one in (image, turned)
+    ]
+    assert results[0].size == results[1].size == (32, 20)
+    assert results[0].tobytes() == results[1].tobytes()
+
+
+def test_a_pil_images_rgb_profile_goes_with_it_and_no_other(pipeline):
+    rgb = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
+    grey = rgb[:16] + b"GRAY" + rgb[20:]
+    images = [PIL.Image.fromarray(RGBA[:10, :16]).convert(mode) for mode in ("RGB", "L", "CMYK")]
+    for image, profile in zip(images, (rgb, grey, rgb), strict=True):
+        image.info["icc_profile"] = profile
+    bare = RGBA[:10, :16, :3]
+    results = pipeline([*images, bare]).images
+    assert [result.info.get("icc_profile") for result in results] == [rgb, None, None, None]
