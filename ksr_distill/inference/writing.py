@@ -5,6 +5,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,17 @@ def write_picture(raster: Raster, picture: Picture, target: Path, *, name: str, 
     with replacing(target) as new:
         try:
             image = _with_metadata(stream.image(), picture)
-            _save(image, new, name, title=target.name)
+            # libvips would swallow a Ctrl-C that comes while this thread is in it: its log calls
+            # Python before it returns, and what is raised there goes nowhere.
+            with ThreadPoolExecutor(1) as thread:
+                saved = thread.submit(_save, image, new, name, title=target.name)
+                try:
+                    saved.result()
+                except KeyboardInterrupt as error:
+                    stream.stop(error)  # and leaving this block waits for the thread
+                    raise
+                finally:
+                    del saved  # its error knows this frame: a circle that kept the file open
             if name == "tif":
                 _add_exif(new, picture)
         except pyvips.Error as error:
@@ -153,8 +164,13 @@ class PngStream:
         if self._error is not None:
             raise self._error
 
+    def stop(self, error: BaseException) -> None:
+        """End the image here, because of an error."""
+        self._error = error
+
     def _read(self, length: int) -> bytes:
         try:
+            self.raise_its_error()
             if not self._buffer:
                 self._buffer = memoryview(next(self._bytes, b""))
         except BaseException as error:  # noqa: BLE001 - kept, and raised again by raise_its_error

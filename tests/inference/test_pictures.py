@@ -1,4 +1,5 @@
 import os
+import signal
 import struct
 import zlib
 
@@ -338,6 +339,23 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_picture(Broken(), picture, tmp_path / "out" / "out.png", name="png", bits=8)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["out.png"]
     assert (tmp_path / "out" / "out.png").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["png", "jpg", "tif", "dz"])
+def test_ctrl_c_while_a_file_is_written_ends_it_and_leaves_nothing(tmp_path, name):
+    class Interrupted(ResampledRaster):
+        def read(self, window):
+            if window.top > 1000:
+                signal.raise_signal(signal.SIGINT)
+            return super().read(window)
+
+    PIL.Image.fromarray(RGB).save(tmp_path / "in.png")
+    picture = open_picture(tmp_path / "in.png")
+    with pytest.raises(KeyboardInterrupt):
+        write_picture(
+            Interrupted(picture.colour, 3000, 600), picture, tmp_path / "out", name=name, bits=8
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
 
 
 def test_deepzoom_is_a_folder_with_a_page_that_fetches_nothing(tmp_path):
