@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
@@ -24,6 +23,21 @@ def counting_bar(title: str, total: int | None = None) -> Iterator[Callable[...,
         yield partial(bars.update, bars.add_task(title, total=total))
 
 
+class Stopped(Exception):  # noqa: N818 - no error: it was asked for
+    """Ends a picture that another thread works on, after Ctrl-C."""
+
+
+class _Lines(logging.Handler):
+    """Prints each record as one line, however long."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
+
+
 class UpscaleProgress:
     """What ``ksr upscale`` shows: a bar for the tiles, one for the pictures, and lines.
 
@@ -33,7 +47,7 @@ class UpscaleProgress:
     def __init__(self, num_pictures: int) -> None:
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -45,9 +59,8 @@ class UpscaleProgress:
             "pictures", total=num_pictures, visible=num_pictures > 1
         )
         self._tiles = self._bars.add_task("tiles", total=None)
-        self._handler = RichHandler(
-            console=self._console, show_time=False, show_level=False, show_path=False
-        )
+        self._handler = _Lines(self._say)
+        self._is_stopped = False
 
     def __enter__(self) -> "UpscaleProgress":
         logging.getLogger("ksr_distill").addHandler(self._handler)
@@ -65,8 +78,18 @@ class UpscaleProgress:
             self._say(f"warning: {job.source} {note}")
         self._bars.reset(self._tiles, total=estimate.num_tiles, description=job.source.name)
 
+    def stop(self) -> None:
+        """End pictures of other threads with their next tile; what is being written is finished."""
+        self._is_stopped = True
+
     def tile_done(self) -> None:
-        """Move the tiles' bar."""
+        """Move the tiles' bar.
+
+        Raises:
+            Stopped: If no more are wanted.
+        """
+        if self._is_stopped:
+            raise Stopped
         self._bars.advance(self._tiles)
 
     def picture_done(self) -> None:

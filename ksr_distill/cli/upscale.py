@@ -136,13 +136,15 @@ def _run_all(
     """Run every job, even if others fail; return those that succeeded."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from ksr_distill.cli.progress import UpscaleProgress
+    from ksr_distill.cli.progress import Stopped, UpscaleProgress
 
     def run(job: "Job") -> bool:
         try:
             upscaler.run(job, progress)
         except (ValueError, OSError) as error:
             progress.failed(job, error)
+            return False
+        except Stopped:
             return False
         finally:
             progress.picture_done()
@@ -151,7 +153,11 @@ def _run_all(
     with UpscaleProgress(len(jobs)) as progress:
         if at_once > 1 and len(jobs) > 1:
             with ThreadPoolExecutor(at_once) as pool:
-                went_well = list(pool.map(run, jobs))
+                try:
+                    went_well = list(pool.map(run, jobs))
+                except KeyboardInterrupt:
+                    progress.stop()
+                    raise
         else:
             went_well = [run(job) for job in jobs]
     done = [job for job, is_done in zip(jobs, went_well, strict=True) if is_done]

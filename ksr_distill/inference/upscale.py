@@ -75,8 +75,8 @@ class Upscaler:
         shard: With a count above 1, the tiles of each picture are shared with other processes.
         measure: Times the passes for large jobs; null prints no time.
         is_dry_run: Plan and check, but make nothing.
-        turn: A lock held while a picture is computed, so that other threads can only read and
-            write theirs meanwhile.
+        turn: A lock held while a picture is planned and computed, so that other threads can only
+            read and write theirs meanwhile.
     """
 
     pipeline: KSRFlashPipeline | KSRTeacherPipeline
@@ -96,12 +96,13 @@ class Upscaler:
         settings = self.settings
         picture = open_picture(job.source, max_megapixels=settings.max_megapixels)
         passes = self._passes()
-        tiling = self._tiling_of(job, passes)
         bits = self._bits(picture, job.name)
         height, width = (round(side * settings.scale) for side in (picture.height, picture.width))
         has_alpha = picture.alpha is not None
         check_target(job.name, height=height, width=width, bits=bits, has_alpha=has_alpha)
-        estimate = self._estimate(picture, passes, tiling, job.name, bits)
+        with self.turn:  # neither what fits nor the speed may depend on another thread's picture
+            tiling = self._tiling_of(job, passes)
+            estimate = self._estimate(picture, passes, tiling, job.name, bits)
         progress.planned(job, picture, estimate)
         if self.is_dry_run:
             return

@@ -1,6 +1,7 @@
 """``ksr upscale`` as a user runs it, but in this process: imports are paid once."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ksr_distill.cli import app
+from ksr_distill.cli.progress import UpscaleProgress
 from ksr_distill.cli.upscale import _run_all
 from ksr_distill.inference import KSRTeacherPipeline, estimate, upscale, workspace
 from ksr_distill.inference.jobs import Shard, default_out, plan_jobs
@@ -530,6 +533,7 @@ def test_what_tiles_took_is_returned_before_a_large_file_is_written(
 WORKER = """
 import sys, time
 from ksr_distill.cli import app
+from ksr_distill.cli.progress import UpscaleProgress
 from ksr_distill.cli.upscale import _run_all
 from ksr_distill.inference import estimate, workspace
 estimate.STREAM_ABOVE_PX = 0
@@ -740,3 +744,50 @@ def test_one_picture_is_written_while_the_next_is_computed(model_folder, tmp_pat
     jobs = plan_jobs(tmp_path / "in", tmp_path / "out", name=None)
     assert _run_all(upscaler, jobs, num_skipped=0, at_once=2) == jobs
     assert names(tmp_path / "out") == ["0.png", "1.png", "2.png"]
+
+
+def test_what_fits_is_asked_while_no_other_picture_is_computed(
+    model_folder, photo, tmp_path, monkeypatch
+):
+    pipeline = load_pipeline(model_folder, device=torch.device("cpu"))
+    upscaler = upscale.Upscaler(pipeline, upscale.Settings(scale=2), Shard())
+    others_wait = []
+
+    def fitting(*_):
+        others_wait.append(upscaler.turn.locked())
+        return 64
+
+    monkeypatch.setattr(upscale, "largest_fitting_tile", fitting)
+    jobs = plan_jobs(photo, tmp_path / "big.png", name=None)
+    assert _run_all(upscaler, jobs, num_skipped=0) == jobs
+    assert others_wait == [True]
+
+
+def test_ctrl_c_ends_the_pictures_of_all_threads(tmp_path):
+    class Endless:
+        def __init__(self):
+            self.ended = []
+
+        def run(self, job, progress):
+            try:
+                while True:
+                    time.sleep(0.01)
+                    progress.tile_done()
+            finally:
+                self.ended.append(job.source.name)
+
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).touch()
+    jobs = plan_jobs(tmp_path, tmp_path / "out", name=None)
+    upscaler = Endless()
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        _run_all(upscaler, jobs, num_skipped=0, at_once=2)
+    assert sorted(upscaler.ended) == ["a.png", "b.png"]
+
+
+def test_long_warnings_and_names_in_brackets_stay_as_they_are(capsys):
+    with UpscaleProgress(1) as progress:
+        logging.getLogger("ksr_distill.inference").warning("waiting: %s", "word " * 60 + "[bold]")
+        assert progress._bars.columns[0].markup is False
+    assert capsys.readouterr().err == f"waiting: {'word ' * 60}[bold]\n"
