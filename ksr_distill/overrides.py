@@ -62,6 +62,7 @@ def check_overrides(config_name: str, arguments: Sequence[str], folder: Path) ->
         raise ValueError(explain(error, known)) from error
     if "module" in config:
         refuse_unused(parsed, OmegaConf.to_container(config["module"], resolve=False))
+        refuse_another_scale(parsed, config["scale"])
     asks = {text for text in arguments if text.startswith("-")} - {"-m", "--multirun"}  # --help
     if OmegaConf.is_missing(config, "name") and not asks:
         experiments = ", ".join(
@@ -99,6 +100,20 @@ def refuse_unused(overrides: Sequence[Override], module: Any) -> None:
             f"{override.input_line} would change nothing: {module['_target_']} does not read "
             f"{key}; {remedy}"
         )
+
+
+def refuse_another_scale(overrides: Sequence[Override], scale: int) -> None:
+    """Refuse a model that is named for another scale than the run's: the network is the same.
+
+    Raises:
+        ValueError: E.g. for ``model=ksr_x4`` alone.
+    """
+    for override in overrides:
+        named = re.search(r"_x(\d+)$", str(override.value()))
+        if override.key_or_group == "model" and named and int(named[1]) != scale:
+            raise ValueError(
+                f"{override.input_line} is for scale={named[1]}, and scale is {scale}; give both"
+            )
 
 
 def explain(error: BaseException, known: Mapping[str, Any]) -> str:

@@ -265,6 +265,14 @@ def test_an_override_that_changes_the_run_passes(experiment, override):
     check_overrides("train", [f"+experiment={experiment}", override], CONF)
 
 
+def test_a_model_named_for_another_scale_is_refused():
+    arguments = ["+experiment=ksr_teacher_mini", "model=mini_x4"]
+    with pytest.raises(ValueError, match="model=mini_x4 is for scale=4, and scale is 2"):
+        check_overrides("train", arguments, CONF)
+    check_overrides("train", [*arguments, "scale=4"], CONF)
+    check_overrides("train", ["+experiment=ksr_teacher_mini", "model=medium_x2"], CONF)
+
+
 def test_sweeps_pass_the_check_of_overrides():
     arguments = ["-m", "+experiment=ksr_flash", "diffusion.num_inference_steps=1,2"]
     check_overrides("train", arguments, CONF)
