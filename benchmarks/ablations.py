@@ -33,7 +33,7 @@ from ksr_distill.evaluation.benchmark_images import Pair
 from ksr_distill.evaluation.curves import read_curves
 from ksr_distill.evaluation.upscalers import ModelSpec, build_upscalers
 from ksr_distill.export import pipeline_of, read_checkpoint
-from ksr_distill.inference.bundled import find_model
+from ksr_distill.inference.model_folders.bundled import find_model
 from ksr_distill.training.checkpoint_folder import last_good_checkpoint, update_of_file
 
 CHANGES = Path(__file__).with_suffix(".yaml")

@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.inference import photo_like
 from benchmarks.measuring import RESULTS, peak_gb, run_command, write_results
-from ksr_distill.inference.bundled import default_student, find_model
-from ksr_distill.inference.loading import load_pipeline, pick_device, runs_fast
+from ksr_distill.inference.model_folders.bundled import default_student, find_model
+from ksr_distill.inference.model_folders.loading import load_pipeline, pick_device, runs_fast
 
 WAYS = {"float32": ["--fp32"], "plain modules": ["--no-fast"], "fast": ["--fast"]}
 AGAIN = 4

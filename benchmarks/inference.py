@@ -38,15 +38,15 @@ from benchmarks.measuring import (
 from benchmarks.profiling import print_profile
 from ksr_distill.inference import KSRFlashPipeline, acceleration
 from ksr_distill.inference.acceleration import accelerate, can_accelerate, operations, restore
-from ksr_distill.inference.noise import Window
-from ksr_distill.inference.offload import take_turns
-from ksr_distill.inference.passes import SuperResolutionPass
+from ksr_distill.inference.devices.offload import take_turns
+from ksr_distill.inference.pictures.rasters import Window
 from ksr_distill.inference.refine import (
     RefinerPass,
     decode_in_tiles,
     encode_in_tiles,
     refine_latents,
 )
+from ksr_distill.inference.tiling.passes import SuperResolutionPass
 from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
 from ksr_distill.models.movq import MOVQ_CONFIG
 

@@ -41,8 +41,8 @@ from ksr_distill.evaluation.upscalers import (
     build_baseline,
     build_upscalers,
 )
-from ksr_distill.inference.bundled import find_model
-from ksr_distill.inference.loading import pick_device
+from ksr_distill.inference.model_folders.bundled import find_model
+from ksr_distill.inference.model_folders.loading import pick_device
 from ksr_distill.levels import from_levels, round_to_8_bit
 from ksr_distill.randomness import Stream, generator_for
 

@@ -29,8 +29,8 @@ from ksr_distill.evaluation.benchmark_images import as_picture, read_image
 from ksr_distill.evaluation.curves import read_curves
 from ksr_distill.evaluation.figures import ACCENTS, STYLE
 from ksr_distill.evaluation.upscalers import Upscaler, build_baseline, build_upscalers
-from ksr_distill.inference.bundled import find_model
-from ksr_distill.inference.loading import load_pipeline
+from ksr_distill.inference.model_folders.bundled import find_model
+from ksr_distill.inference.model_folders.loading import load_pipeline
 from ksr_distill.randomness import generator_for
 
 CPU = torch.device("cpu")

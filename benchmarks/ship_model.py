@@ -21,7 +21,7 @@ from diffusers import DiffusionPipeline
 from benchmarks.proof_page import COLUMNS, as_table, cells_of, how, in_words
 from ksr_distill.export import FRONT_MATTER
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline
-from ksr_distill.inference.model_folders import halve, new_folder
+from ksr_distill.inference.model_folders.files import halve, new_folder
 
 ROOT = Path(__file__).parents[1]
 ASSETS = ROOT / "ksr_distill" / "assets"

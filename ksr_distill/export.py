@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ksr_distill import __version__
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline
-from ksr_distill.inference.conversion import write_original
-from ksr_distill.inference.loading import read_pipeline
-from ksr_distill.inference.model_folders import new_folder, save_pipeline
+from ksr_distill.inference.model_folders.conversion import write_original
+from ksr_distill.inference.model_folders.files import new_folder, save_pipeline
+from ksr_distill.inference.model_folders.loading import read_pipeline
 from ksr_distill.models import KSRUNet, layout_of
 
 CARD_CONFIG_GROUPS = ("data", "degradation", "diffusion", "loss", "optim", "critic")
@@ -99,7 +99,7 @@ def export_checkpoint(
         if fp16:
             save_pipeline(pipeline, scratch, with_half=True)
         if self_contained:
-            from ksr_distill.inference.self_contained import add_code  # noqa: PLC0415
+            from ksr_distill.inference.model_folders.self_contained import add_code  # noqa: PLC0415
 
             add_code(scratch)
         preview = latest_preview(path, checkpoint["ksr"]["update"])

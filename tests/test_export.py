@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 from benchmarks.ship_model import card_of
 from ksr_distill.cli import app
 from ksr_distill.export import blend_students, model_card, read_checkpoint
-from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline, bundled
+from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline
+from ksr_distill.inference.model_folders import bundled
 from ksr_distill.models import KSRUNet
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]

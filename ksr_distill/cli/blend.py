@@ -31,7 +31,7 @@ def blend(
 ) -> None:
     """Blend two students of one teacher by weight: fidelity against detail, without training."""
     from ksr_distill.export import blend_students
-    from ksr_distill.inference.bundled import find_model
+    from ksr_distill.inference.model_folders.bundled import find_model
 
     one, other = find_model(first, argument="FIRST"), find_model(second, argument="SECOND")
     blend_students(one, other, out, share=share, overwrite=overwrite)

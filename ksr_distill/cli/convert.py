@@ -54,7 +54,7 @@ def sr_unet(
     overwrite: Overwrite = False,
 ) -> None:
     """KandiSuperRes' U-Net: KSRUNet.from_pretrained(OUT) loads it."""
-    from ksr_distill.inference.conversion import read_sr_unet
+    from ksr_distill.inference.model_folders.conversion import read_sr_unet
 
     _write_model(lambda: read_sr_unet(file, num_groups=num_groups), out, fp16, overwrite)
 
@@ -70,7 +70,7 @@ def refiner(
     overwrite: Overwrite = False,
 ) -> None:
     """Kandinsky 3.0 Flash: RefinerUNet.from_pretrained(OUT) loads it."""
-    from ksr_distill.inference.conversion import read_refiner
+    from ksr_distill.inference.model_folders.conversion import read_refiner
 
     _write_model(
         lambda: read_refiner(file, num_groups=num_groups, head_dim=head_dim), out, fp16, overwrite
@@ -87,7 +87,7 @@ def movq(
     overwrite: Overwrite = False,
 ) -> None:
     """The refiner's autoencoder: diffusers' VQModel.from_pretrained(OUT) loads it."""
-    from ksr_distill.inference.conversion import read_movq
+    from ksr_distill.inference.model_folders.conversion import read_movq
 
     _write_model(lambda: read_movq(file, num_groups=num_groups), out, fp16, overwrite)
 
@@ -102,7 +102,7 @@ def context(
     overwrite: Overwrite = False,
 ) -> None:
     """The refiner's empty prompt, cut to its one token: RefinerContext.from_pretrained(OUT)."""
-    from ksr_distill.inference.conversion import read_context
+    from ksr_distill.inference.model_folders.conversion import read_context
 
     _write_model(lambda: read_context(file, mask_path=mask), out, fp16, overwrite)
 
@@ -123,15 +123,15 @@ def flash(
     overwrite: Overwrite = False,
 ) -> None:
     """A whole pipeline's folder for KSRFlashPipeline; without a refiner if only --sr is given."""
-    from ksr_distill.inference.conversion import (
+    from ksr_distill.inference.model_folders.conversion import (
         read_context,
         read_movq,
         read_refiner,
         read_sr_unet,
     )
-    from ksr_distill.inference.model_folders import new_folder, save_pipeline
+    from ksr_distill.inference.model_folders.files import new_folder, save_pipeline
+    from ksr_distill.inference.model_folders.self_contained import add_code
     from ksr_distill.inference.pipeline import KSRFlashPipeline
-    from ksr_distill.inference.self_contained import add_code
 
     parts = {"--refiner": refiner, "--movq": movq, "--context": context}
     missing = [option for option, path in parts.items() if path is None]
@@ -166,9 +166,9 @@ def teacher(
     overwrite: Overwrite = False,
 ) -> None:
     """KandiSuperRes_x2.ckpt or KandiSuperRes.ckpt (×4), as a folder for KSRTeacherPipeline."""
-    from ksr_distill.inference.conversion import read_sr_unet
-    from ksr_distill.inference.model_folders import new_folder, save_pipeline
-    from ksr_distill.inference.self_contained import add_code
+    from ksr_distill.inference.model_folders.conversion import read_sr_unet
+    from ksr_distill.inference.model_folders.files import new_folder, save_pipeline
+    from ksr_distill.inference.model_folders.self_contained import add_code
     from ksr_distill.inference.teacher import KSRTeacherPipeline, scale_of_released_file
 
     if scale is None:
@@ -198,8 +198,8 @@ def original(
     overwrite: Overwrite = False,
 ) -> None:
     """Back: a model folder as a file for the released code."""
-    from ksr_distill.inference.conversion import read_null_embedding, write_original
-    from ksr_distill.inference.model_folders import load_model
+    from ksr_distill.inference.model_folders.conversion import read_null_embedding, write_original
+    from ksr_distill.inference.model_folders.files import load_model
 
     embedding = None if null_embedding is None else read_null_embedding(null_embedding)
     model = load_model(folder, component)
@@ -208,7 +208,7 @@ def original(
 
 
 def _write_model(read: "Callable[[], ModelMixin]", out: Path, fp16: bool, overwrite: bool) -> None:
-    from ksr_distill.inference.model_folders import new_folder, save_model
+    from ksr_distill.inference.model_folders.files import new_folder, save_model
 
     with new_folder(out, overwrite=overwrite) as folder:
         save_model(read(), folder, with_half=fp16)

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from ksr_distill.inference.estimate import Estimate
-    from ksr_distill.inference.jobs import Job
-    from ksr_distill.inference.pictures import Picture
+    from ksr_distill.inference.jobs.estimate import Estimate
+    from ksr_distill.inference.jobs.planning import Job
+    from ksr_distill.inference.pictures.reading import Picture
 
 
 @contextmanager

@@ -9,8 +9,8 @@ import typer
 from ksr_distill.cli.errors import one_line_errors
 
 if TYPE_CHECKING:
-    from ksr_distill.inference.jobs import Job
-    from ksr_distill.inference.upscale import Upscaler
+    from ksr_distill.inference.jobs.planning import Job
+    from ksr_distill.inference.jobs.upscale import Upscaler
 
 
 def register(app: typer.Typer) -> None:
@@ -73,13 +73,13 @@ def upscale(
     max_megapixels: Annotated[float, typer.Option(help="Refuse larger sources.")] = 120.0,
 ) -> None:
     """Enlarge pictures of any size and kind, to any size; huge ones stream through the disk."""
-    from ksr_distill.inference.bundled import default_student, find_model
-    from ksr_distill.inference.compare import write_comparison
-    from ksr_distill.inference.cpu import keep_freed_memory
-    from ksr_distill.inference.estimate import measure_speed
-    from ksr_distill.inference.jobs import Shard, default_out, parse_shard, plan_jobs
-    from ksr_distill.inference.loading import load_pipeline, pick_device, runs_fast
-    from ksr_distill.inference.upscale import Settings, Upscaler
+    from ksr_distill.inference.devices.cpu import keep_freed_memory
+    from ksr_distill.inference.jobs.compare import write_comparison
+    from ksr_distill.inference.jobs.estimate import measure_speed
+    from ksr_distill.inference.jobs.planning import Shard, default_out, parse_shard, plan_jobs
+    from ksr_distill.inference.jobs.upscale import Settings, Upscaler
+    from ksr_distill.inference.model_folders.bundled import default_student, find_model
+    from ksr_distill.inference.model_folders.loading import load_pipeline, pick_device, runs_fast
 
     if bits not in (None, 8, 16):
         raise ValueError(f"--bits {bits} is not one of 8, 16")

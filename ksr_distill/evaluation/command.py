@@ -38,7 +38,7 @@ from ksr_distill.evaluation.upscalers import (
     build_baseline,
     build_upscalers,
 )
-from ksr_distill.inference.loading import pick_device
+from ksr_distill.inference.model_folders.loading import pick_device
 
 WHOLE_NUMBERS = {
     "scale": (1, False),

@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError
 
 from ksr_distill.inference import KSRFlashPipeline
-from ksr_distill.inference.loading import load_pipeline
-from ksr_distill.inference.model_folders import load_model
+from ksr_distill.inference.model_folders.files import load_model
+from ksr_distill.inference.model_folders.loading import load_pipeline
 from ksr_distill.model_json import read_object
 from ksr_distill.models import KSRUNet
 

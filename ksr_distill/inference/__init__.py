@@ -1,4 +1,4 @@
-"""Using the models: pipelines, tiling, picture files, and outputs larger than memory.
+"""Using the models: pipelines here; model folders, jobs, tiling, pictures and devices below.
 
 Names are imported when they are used: importing this package loads neither torch nor diffusers.
 """

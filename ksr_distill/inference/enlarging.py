@@ -11,16 +11,16 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from ksr_distill.inference.images import (
+from ksr_distill.inference.devices.memory import largest_fitting_tile
+from ksr_distill.inference.pictures.images import (
     Pictures,
     alphas,
     as_rasters,
     colour_profiles,
     from_rasters,
 )
-from ksr_distill.inference.memory import largest_fitting_tile
-from ksr_distill.inference.passes import TilePass, Tiling, plan_passes, run_passes
-from ksr_distill.inference.rasters import Raster, ResampledRaster
+from ksr_distill.inference.pictures.rasters import Raster, ResampledRaster
+from ksr_distill.inference.tiling.passes import TilePass, Tiling, plan_passes, run_passes
 from ksr_distill.model_json import as_object
 from ksr_distill.models.alignment import align_weights
 from ksr_distill.types import StepObserver

@@ -12,10 +12,10 @@ from ksr_distill.diffusion import are_falling_timesteps
 from ksr_distill.diffusion import student_timesteps as evenly_spread_timesteps
 from ksr_distill.diffusion.few_step import FIRST_STUDENT_TIMESTEP, NOISIEST_TIMESTEP
 from ksr_distill.inference.enlarging import EnlargingPipeline, StepCallback, num_passes
-from ksr_distill.inference.images import Pictures
-from ksr_distill.inference.noise import PlaceNoise
-from ksr_distill.inference.passes import SuperResolutionPass, TilePass, Tiling
+from ksr_distill.inference.pictures.images import Pictures
 from ksr_distill.inference.refine import RefinerPass, refine_timesteps
+from ksr_distill.inference.tiling.noise import PlaceNoise
+from ksr_distill.inference.tiling.passes import SuperResolutionPass, TilePass, Tiling
 from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
 from ksr_distill.types import StepObserver
 

@@ -14,9 +14,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from ksr_distill.diffusion import NoiseSchedule, student_timesteps
-from ksr_distill.inference.memory import ACCELERATED_MOVQ_PER_PX, peak_bytes
-from ksr_distill.inference.noise import PlaceNoise, Window
-from ksr_distill.inference.tiles import AxisPlan, TilePlan, plan_tiles
+from ksr_distill.inference.devices.memory import ACCELERATED_MOVQ_PER_PX, peak_bytes
+from ksr_distill.inference.pictures.rasters import Window
+from ksr_distill.inference.tiling.noise import PlaceNoise
+from ksr_distill.inference.tiling.tiles import AxisPlan, TilePlan, plan_tiles
 from ksr_distill.models.movq import decode, downscale_factor, encode
 from ksr_distill.models.refiner import RefinerContext, RefinerUNet
 from ksr_distill.types import NoiseSource

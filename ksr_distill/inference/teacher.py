@@ -10,10 +10,10 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 
 from ksr_distill.diffusion.few_step import NOISIEST_TIMESTEP
 from ksr_distill.inference.enlarging import EnlargingPipeline, check_whole, num_passes
-from ksr_distill.inference.images import Pictures
-from ksr_distill.inference.noise import PlaceNoise
-from ksr_distill.inference.passes import TilePass, Tiling
+from ksr_distill.inference.pictures.images import Pictures
 from ksr_distill.inference.teacher_pass import TeacherPass
+from ksr_distill.inference.tiling.noise import PlaceNoise
+from ksr_distill.inference.tiling.passes import TilePass, Tiling
 from ksr_distill.models import KSRUNet
 
 

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ksr_distill.diffusion import sample_teacher, window_views
-from ksr_distill.inference.memory import free_memory_bytes, weight_bytes
-from ksr_distill.inference.noise import PlaceNoise, Window
-from ksr_distill.inference.passes import is_out_of_memory
+from ksr_distill.inference.devices.memory import free_memory_bytes, weight_bytes
+from ksr_distill.inference.pictures.rasters import Window
+from ksr_distill.inference.tiling.noise import PlaceNoise
+from ksr_distill.inference.tiling.passes import is_out_of_memory
 from ksr_distill.models import KSRUNet
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from ksr_distill.data.sample_photos import (
     VALIDATION_PHOTOS,
     copy_sample_photos,
 )
-from ksr_distill.inference.bundled import bundled_models
+from ksr_distill.inference.model_folders.bundled import bundled_models
 
 FOLDER = Path("outputs/quickstart")
 PHOTOS = FOLDER / "photos"

@@ -13,8 +13,8 @@ from ksr_distill.degradation import BicubicDegradation
 from ksr_distill.evaluation.metrics import psnr_y, top_octave_power_ratio
 from ksr_distill.evaluation.upscalers import ModelSpec, build_baseline, build_upscalers
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline
-from ksr_distill.inference.bundled import STUDENTS, bundled_models
-from ksr_distill.inference.loading import load_pipeline, pick_device
+from ksr_distill.inference.model_folders.bundled import STUDENTS, bundled_models
+from ksr_distill.inference.model_folders.loading import load_pipeline, pick_device
 from ksr_distill.quickstart.path import SHIPPED_TEACHER
 from ksr_distill.randomness import generator_for
 

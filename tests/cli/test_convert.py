@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ksr_distill.cli import app
 from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline
-from ksr_distill.inference.noise import Window
+from ksr_distill.inference.pictures.rasters import Window
 from ksr_distill.inference.refine import refine_latents
 from ksr_distill.models import KSRUNet, RefinerContext, RefinerUNet
 from ksr_distill.models.movq import decode, encode

@@ -9,16 +9,12 @@ import torch
 from typer.testing import CliRunner
 
 from ksr_distill.cli import app
-from ksr_distill.inference import (
-    KSRFlashPipeline,
-    KSRTeacherPipeline,
-    loading,
-    memory,
-    teacher_pass,
-)
+from ksr_distill.inference import KSRFlashPipeline, KSRTeacherPipeline, teacher_pass
 from ksr_distill.inference.acceleration import can_accelerate, operations
-from ksr_distill.inference.loading import load_pipeline, runs_fast
-from ksr_distill.inference.memory import free_memory_bytes, largest_fitting_tile
+from ksr_distill.inference.devices import memory
+from ksr_distill.inference.devices.memory import free_memory_bytes, largest_fitting_tile
+from ksr_distill.inference.model_folders import loading
+from ksr_distill.inference.model_folders.loading import load_pipeline, runs_fast
 from tests.inference.conftest import photo_like
 from tests.inference.whole import whole_pipeline
 

@@ -8,7 +8,8 @@ import torch
 from ksr_distill.diffusion import NoiseSchedule, sample_few_steps
 from ksr_distill.inference import KSRFlashPipeline
 from ksr_distill.inference.enlarging import draw_seeds, num_passes
-from ksr_distill.inference.noise import PlaceNoise, Window
+from ksr_distill.inference.pictures.rasters import Window
+from ksr_distill.inference.tiling.noise import PlaceNoise
 from tests.inference.conftest import make_unet
 
 RNG = np.random.default_rng(0)

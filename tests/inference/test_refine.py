@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ksr_distill.inference.noise import PlaceNoise, Window
+from ksr_distill.inference.pictures.rasters import Window
 from ksr_distill.inference.refine import (
     RefinerPass,
     decode_in_tiles,
@@ -10,6 +10,7 @@ from ksr_distill.inference.refine import (
     refine_latents,
     refine_timesteps,
 )
+from ksr_distill.inference.tiling.noise import PlaceNoise
 from ksr_distill.models import RefinerContext
 from ksr_distill.models.movq import decode, encode
 from ksr_distill.models.weights import movq_from_released, refiner_from_released

@@ -7,11 +7,11 @@ import torch
 from ksr_distill.diffusion import sample_teacher
 from ksr_distill.inference import KSRTeacherPipeline
 from ksr_distill.inference.enlarging import draw_seeds
-from ksr_distill.inference.noise import PlaceNoise, Window
-from ksr_distill.inference.passes import Tiling
-from ksr_distill.inference.rasters import TensorRaster
+from ksr_distill.inference.pictures.rasters import TensorRaster, Window
 from ksr_distill.inference.teacher import scale_of_released_file
 from ksr_distill.inference.teacher_pass import views_that_fit
+from ksr_distill.inference.tiling.noise import PlaceNoise
+from ksr_distill.inference.tiling.passes import Tiling
 from ksr_distill.models.weights import sr_unet_from_released
 from tests.golden import golden_shapes, golden_weights
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ksr_distill.inference import KSRTeacherPipeline
-from ksr_distill.inference.noise import PlaceNoise
+from ksr_distill.inference.tiling.noise import PlaceNoise
 from tests.golden import load_golden
 from tests.inference.whole import whole_pipeline
 

@@ -23,7 +23,7 @@ from ksr_distill.inference.acceleration import movq as fast_movq
 from ksr_distill.inference.acceleration import operations
 from ksr_distill.inference.acceleration.refiner import refiner_forward
 from ksr_distill.inference.acceleration.unet import unet_forward
-from ksr_distill.inference.layout import lay_out
+from ksr_distill.inference.devices.layout import lay_out
 from ksr_distill.models import KSRUNet, RefinerUNet
 
 MEASURES_CONVOLUTIONS = False

@@ -1,0 +1,1 @@
+"""Model folders: shipped, converted, written, and loaded onto a device."""

@@ -1,0 +1,1 @@
+"""Tiles: where they lie, their noise, and a pass over all of them."""
