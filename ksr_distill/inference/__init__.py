@@ -7,15 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ksr_distill.inference.model_folders.bundled import find_model
     from ksr_distill.inference.pipeline import KSRFlashPipeline
     from ksr_distill.inference.teacher import KSRTeacherPipeline
 
 HOMES = {
     "KSRFlashPipeline": "ksr_distill.inference.pipeline",
     "KSRTeacherPipeline": "ksr_distill.inference.teacher",
+    "find_model": "ksr_distill.inference.model_folders.bundled",
 }
 
-__all__ = ["KSRFlashPipeline", "KSRTeacherPipeline"]
+__all__ = ["KSRFlashPipeline", "KSRTeacherPipeline", "find_model"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 
 import PIL.Image
 import pytest
@@ -25,6 +27,13 @@ def bring(package, *names, like):
 def test_a_model_of_the_package_goes_by_its_name(package, model_folder):
     bring(package, "mini_x2", like=model_folder)
     assert bundled.find_model("mini_x2") == package / "assets" / "mini_x2"
+
+
+def test_finding_a_model_loads_no_torch():
+    script = (
+        "import sys; from ksr_distill.inference import find_model; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 def test_a_folder_on_the_disk_goes_by_its_path(package, model_folder):
