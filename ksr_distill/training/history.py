@@ -2,6 +2,7 @@
 
 import csv
 import logging
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append the values of an update; a resumed run first drops rows from its update on."""
+        """Append the values of an update; a resumed run first drops what it logs again."""
         if not metrics:
             return
         update = int(step or 0)
@@ -62,26 +63,37 @@ class MetricsCSV(Logger):
             )
 
     def _append(self, metrics: dict[str, float], update: int) -> None:
-        if not self._continues:
-            self._first_update = update if self._first_update is None else self._first_update
-            self._drop_from(self._first_update)
+        if self._first_update is None:
+            self._first_update = update
+        if not self._continues or update == self._first_update:
+            self._drop_from(self._first_update, names=metrics)
             self._continues = True
         with self.path.open("a", newline="") as file:
             writer = csv.writer(file)
             writer.writerows((update, name, f"{value:.7g}") for name, value in metrics.items())
 
-    def _drop_from(self, update: int) -> None:
-        """Drop the rows from this update on: a killed run has logged beyond its last checkpoint."""
+    def _drop_from(self, update: int, *, names: Container[str]) -> None:
+        """Drop the rows after this update, and its own of these names.
+
+        A killed run has logged beyond its last checkpoint. Of the update itself other rows stay:
+        where only its validation is made up for, its losses are not logged again.
+        """
         rows: list[list[str]] = []
         if self.path.exists():
             with self.path.open(newline="", errors="replace") as file:
                 # A crash may leave a row cut off, or zeros.
                 text = (line for line in file if "\0" not in line)
                 rows = [row for row in csv.reader(text) if len(row) == len(HEADER)]
+        kept = [
+            row
+            for row in rows
+            if row[0].isdecimal()
+            and (int(row[0]) < update or (int(row[0]) == update and row[1] not in names))
+        ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(HEADER)
-            writer.writerows(r for r in rows if r[0].isdecimal() and int(r[0]) < update)
+            writer.writerows(kept)
         temporary.replace(self.path)

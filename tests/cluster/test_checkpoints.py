@@ -1,6 +1,8 @@
 """A checkpoint is whole or not there, checked when it is read, and the last good one survives."""
 
+import contextlib
 import copy
+import csv
 import logging
 import os
 import random
@@ -26,6 +28,7 @@ from ksr_distill.training.checkpoint_io import (
     write_checkpoint,
 )
 from ksr_distill.training.checkpoints import last_good_checkpoint, lay_out_as_parameters
+from ksr_distill.training.history import MetricsCSV
 
 SMALL = {"state_dict": {"weight": torch.arange(600.0)}, "update": 3}
 
@@ -224,6 +227,34 @@ def test_a_validation_that_a_run_was_killed_in_is_made_up_for(tmp_path: Path) ->
     assert train(tmp_path / "parts", module=again, checkpoint=often) == whole
     train(tmp_path / "parts", module=again, checkpoint=often)  # it has ended
     assert validated == [3, 6]
+
+
+def test_a_validation_that_is_made_up_for_leaves_its_updates_other_figures(tmp_path: Path) -> None:
+    def log_and_die(module: TwoPlayers, place: str) -> None:
+        if place == "end of the update":
+            values = {"train/loss": float(module.update), "speed/updates_per_s": 1.0}
+            module.loggers[0].log_metrics(values, step=module.update)
+        if place == "validation":
+            module.loggers[0].log_metrics({"val/swd": 0.5}, step=module.update)
+            raise KeyboardInterrupt
+
+    def log(module: TwoPlayers, place: str) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            log_and_die(module, place)
+
+    for at in (log_and_die, log):
+        module = TwoPlayers()
+        module.at = at
+        with pytest.raises(SystemExit) if at is log_and_die else contextlib.nullcontext():
+            train(
+                tmp_path, module=module, checkpoint={"every_updates": 3},
+                trainer={"logger": [MetricsCSV(folder=str(tmp_path))]},
+            )  # fmt: skip
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = [(int(row["update"]), row["metric"]) for row in csv.DictReader(file)]
+    assert [update for update, name in rows if name == "train/loss"] == list(range(1, 9))
+    assert [update for update, name in rows if name == "speed/updates_per_s"] == list(range(1, 9))
+    assert [update for update, name in rows if name == "val/swd"] == [3, 6]
 
 
 def test_a_foreground_and_a_background_run_end_equal(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_torn_rows_of_a_crash_cost_themselves_and_nothing_else(tmp_path: Path) -
     file = tmp_path / "metrics.csv"
     file.write_bytes(b"update,metric,value\n2,a,1\n3,b,2\nx,b,c\n\0\0\0,b,c\n\xff\xfe,b,c\n4,a")
     MetricsCSV(folder=str(tmp_path)).log_metrics({"c": 5.0}, step=3)
-    assert figures(tmp_path) == {(2, "a"): 1, (3, "c"): 5}
+    assert figures(tmp_path) == {(2, "a"): 1, (3, "b"): 2, (3, "c"): 5}
 
 
 def test_a_full_disk_at_the_start_costs_the_record_and_not_the_run(
