@@ -71,9 +71,10 @@ def as_rasters(image: Pictures) -> list[Raster]:
 
 def upright_image(image: PIL.Image.Image) -> PIL.Image.Image:
     """Return a PIL image turned as its EXIF says: the result has none that could say it again."""
+    image.load()  # turns a TIFF by itself, and takes the orientation out of its EXIF
     try:
         orientation = image.getexif().get(ORIENTATION)
-    except (SyntaxError, struct.error):  # damaged EXIF says nothing of the pixels
+    except (SyntaxError, ValueError, struct.error):  # damaged EXIF says nothing of the pixels
         return image
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 

@@ -112,9 +112,27 @@ def test_every_orientation_is_turned_as_pillow_does(orientation):
     assert upright_image(image).tobytes() == expected.tobytes()
 
 
-def test_damaged_exif_turns_nothing():
+@pytest.mark.parametrize("orientation", range(9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+def test_a_file_that_pillow_opens_is_turned_once(tmp_path, suffix, orientation):
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"photo{suffix}"
+    PIL.Image.fromarray(RGBA[..., :3]).save(path, exif=exif)
+    with PIL.Image.open(path) as image, PIL.Image.open(path) as again:
+        expected = PIL.ImageOps.exif_transpose(again)
+        turned = upright_image(image)
+        assert turned.size == expected.size
+        assert turned.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("exif", b"no exif"), ("Raw profile type exif", "\nexif\n  2\nno hexadecimals\n")],
+)
+def test_damaged_exif_turns_nothing(name, content):
     image = PIL.Image.fromarray(RGBA[..., :3])
-    image.info["exif"] = b"no exif"
+    image.info[name] = content
     assert upright_image(image) is image
 
 
