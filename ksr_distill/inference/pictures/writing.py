@@ -197,7 +197,7 @@ class PngStream:
         if self.is_grey:
             strip = strip.mean(dim=0, keepdim=True)
         if self.alpha is not None:
-            strip = torch.cat([strip, self.alpha.read(window)])
+            strip = torch.cat([strip, self.alpha.read(window).to(strip.device)])
         samples = quantised(strip, bits=self.bits)
         samples = samples.astype(samples.dtype.newbyteorder(">")).reshape(window.height, -1)
         return np.pad(samples.view(np.uint8), ((0, 0), (1, 0))).tobytes()

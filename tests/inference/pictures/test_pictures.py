@@ -10,9 +10,14 @@ import pytest
 import pyvips
 import torch
 
-from ksr_distill.inference.pictures.rasters import ResampledRaster, Window
+from ksr_distill.inference.pictures.rasters import ResampledRaster, TensorRaster, Window
 from ksr_distill.inference.pictures.reading import open_picture
-from ksr_distill.inference.pictures.writing import check_target, format_of, write_picture
+from ksr_distill.inference.pictures.writing import (
+    PngStream,
+    check_target,
+    format_of,
+    write_picture,
+)
 
 RGB = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
 ICC = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
@@ -119,6 +124,23 @@ def test_transparency_brings_no_dark_fringe(tmp_path):
     assert np.abs(visible[:, :3].astype(int) - (230, 200, 40)).max() <= 1
     assert written[:, :36, 3].min() == 255
     assert written[:, 44:, 3].max() == 0
+
+
+def test_transparency_goes_to_the_device_that_the_colour_is_on(monkeypatch):
+    class OnADevice:  # a single tile stays on its GPU
+        height, width = 2, 3
+
+        def read(self, window):
+            return torch.zeros(3, window.height, window.width, device="meta")
+
+    def levels(strip, *, bits):
+        assert (strip.device.type, strip.shape, bits) == ("meta", (4, 2, 3), 8)
+        return np.zeros((2, 3, 4), np.uint8)
+
+    monkeypatch.setattr("ksr_distill.inference.writing.quantised", levels)
+    alpha = TensorRaster(torch.ones(1, 2, 3))
+    stream = PngStream(OnADevice(), alpha, bits=8, is_grey=False)
+    assert stream._rows(Window(0, 0, 2, 3)) == bytes(2 * (1 + 3 * 4))
 
 
 def test_a_wholly_transparent_picture_stays_one(tmp_path):
