@@ -1,6 +1,7 @@
 """Estimates of a tile's memory, and the largest tile that fits."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -94,12 +95,19 @@ def _left_within_limits(root: Path, own: Path) -> list[int]:
     place = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
     left = []
     for folder in (root / place, *(root / place).parents):
-        limit = folder / "memory.max"
-        if limit.is_file() and (bound := limit.read_text().strip()) != "max":
+        with suppress(OSError, ValueError):  # no limit, or one that cannot be seen here
+            bound = int((folder / "memory.max").read_text())
             used = int((folder / "memory.current").read_text())
-            fields = dict(line.split() for line in (folder / "memory.stat").open())
-            left.append(int(bound) - used + int(fields.get("inactive_file", 0)))
+            left.append(bound - used + _inactive_file_bytes(folder / "memory.stat"))
     return left
+
+
+def _inactive_file_bytes(statistics: Path) -> int:
+    """Return the bytes of a cgroup's pages of files that nobody has used lately."""
+    with suppress(OSError, ValueError):
+        fields = dict(line.split() for line in statistics.read_text().splitlines())
+        return int(fields.get("inactive_file", 0))
+    return 0
 
 
 def as_size(num_bytes: float | int) -> str:

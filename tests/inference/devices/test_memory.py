@@ -39,6 +39,14 @@ def test_a_jobs_limit_counts_wherever_it_is_set(cgroups):
     assert free_memory_bytes(torch.device("cpu")) == 60 * MB
 
 
+def test_limits_that_cannot_be_seen_are_none(cgroups):
+    make_cgroup(cgroups / "job", limit=100 * MB, used=40 * MB, read_files=10 * MB)
+    (cgroups / "job" / "memory.stat").unlink()
+    assert free_memory_bytes(torch.device("cpu")) == 60 * MB
+    (cgroups / "job" / "memory.current").unlink()
+    assert free_memory_bytes(torch.device("cpu")) > 0
+
+
 ROOT = Path(__file__).parents[3]
 
 
