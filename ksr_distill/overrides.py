@@ -103,16 +103,21 @@ def refuse_unused(overrides: Sequence[Override], module: Any) -> None:
 
 
 def refuse_another_scale(overrides: Sequence[Override], scale: int) -> None:
-    """Refuse a model that is named for another scale than the run's: the network is the same.
+    """Refuse a model that is named for another scale than the run's, unless that is given, too.
+
+    The network is the same: a layout may be trained for any scale that is asked for.
 
     Raises:
         ValueError: E.g. for ``model=ksr_x4`` alone.
     """
+    if any(override.key_or_group == "scale" for override in overrides):
+        return
     for override in overrides:
         named = re.search(r"_x(\d+)$", str(override.value()))
         if override.key_or_group == "model" and named and int(named[1]) != scale:
             raise ValueError(
-                f"{override.input_line} is for scale={named[1]}, and scale is {scale}; give both"
+                f"{override.input_line} is for scale={named[1]}, and scale is {scale}; give "
+                f"scale={named[1]} as well, or scale={scale} if that is meant"
             )
 
 

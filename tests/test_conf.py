@@ -273,6 +273,14 @@ def test_a_model_named_for_another_scale_is_refused():
     check_overrides("train", ["+experiment=ksr_teacher_mini", "model=medium_x2"], CONF)
 
 
+def test_a_layout_may_be_trained_for_a_scale_that_is_given():
+    four = ["+experiment=ksr_teacher_mini_x4", "model=medium_x2"]
+    with pytest.raises(ValueError, match="give scale=2 as well, or scale=4 if that is meant"):
+        check_overrides("train", four, CONF)
+    check_overrides("train", [*four, "scale=4"], CONF)
+    check_overrides("train", ["+experiment=ksr_teacher", "model=ksr_x4", "-m", "scale=2,4"], CONF)
+
+
 def test_sweeps_pass_the_check_of_overrides():
     arguments = ["-m", "+experiment=ksr_flash", "diffusion.num_inference_steps=1,2"]
     check_overrides("train", arguments, CONF)
