@@ -72,6 +72,7 @@ class UpdateModule(LightningModule):
         self.record = {"seed": seed, **record}
         self.update = 0
         self.validated_update: int | None = None
+        self.earlier_figures: dict[str, float] = {}
         self.network_updates: dict[str, int] = {}
         self.last_values: dict[str, Tensor] = {}
         self.logged: dict[str, float] = {}
@@ -275,20 +276,19 @@ class UpdateModule(LightningModule):
 
         An update is saved before it is validated: the metrics are those of an earlier one.
         """
+        figures = {
+            k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith("val/")
+        }
         checkpoint["ksr"] = {
             **copy.deepcopy(self.record),
             "update": self.update,
             "network_updates": dict(self.network_updates),
             "validated_update": self.validated_update,
-            "metrics": {
-                k: float(v)
-                for k, v in self.trainer.callback_metrics.items()
-                if k.startswith("val/")
-            },
+            "metrics": figures or self.earlier_figures,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters.
+        """Restore the counters, and what the last validation found.
 
         Raises:
             ValueError: If the run was started as another: weights that fit by their shapes would go
@@ -304,6 +304,8 @@ class UpdateModule(LightningModule):
                 )
         self.update = saved["update"]
         self.network_updates = dict(saved["network_updates"])
+        self.validated_update = saved.get("validated_update")  # older checkpoints do not say
+        self.earlier_figures = dict(saved.get("metrics", {}))
         log.info("resuming %s after update %d", self.record["kind"], self.update)
 
     def on_validation_epoch_end(self) -> None:

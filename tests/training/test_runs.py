@@ -248,3 +248,13 @@ def test_a_card_tells_the_figures_of_its_own_weights_or_after_which_update_they_
         card = model_card(checkpoint, path, None)
         assert f"| psnr_y | {figures[4]:.4g} |" in card
         assert f"the averaged network{when}:" in card
+
+
+def test_a_card_tells_the_figures_of_before_the_run_was_continued(files, tmp_path):
+    run("quickstart_teacher", tmp_path, files)
+    run("quickstart_teacher", tmp_path, files, f"num_updates={NUM_UPDATES + 1}")
+    last = checkpoint_of(tmp_path)
+    card = model_card(read_checkpoint(last), last, None)
+    assert f"after {NUM_UPDATES + 1} updates;" in card
+    assert "the averaged network after 4 updates:" in card
+    assert "| psnr_y | " in card
