@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ DEFAULT_RESOLUTION = 72 / 25.4
 """What EXIF 2.32 (§4.6.4, XResolution) designates then; libvips writes no PNG without one."""
 
 TIFF_LOADER = b"VipsForeignLoadTiffFile"
+
+_ONE_AT_A_TIME = Lock()
 
 KEPT_METADATA = ("icc-profile-data", "exif-", "xmp-data", "iptc-data")
 
@@ -170,7 +173,7 @@ def _decoded_by_pillow(path: Path, max_megapixels: float) -> pyvips.Image:
     try:
         # Pillow warns of what is damaged, and then fails: one line is enough.
         silent = warnings.catch_warnings(action="ignore")
-        with silent, _without_pillows_limit(), PIL.Image.open(path) as image:
+        with _without_pillows_limit(), silent, PIL.Image.open(path) as image:
             _check_size(path, *image.size, max_megapixels)
             if image.mode in ("I", "F"):
                 return _of_wide_samples(np.asarray(image))
@@ -196,12 +199,16 @@ def _of_wide_samples(samples: np.ndarray) -> pyvips.Image:
 
 @contextmanager
 def _without_pillows_limit() -> Iterator[None]:
-    """Let ``_check_size`` alone say what is too large: it sees the size before a pixel is read."""
-    limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        PIL.Image.MAX_IMAGE_PIXELS = limit
+    """Let ``_check_size`` alone say what is too large: it sees the size before a pixel is read.
+
+    One thread at a time: Pillow's limit is the process's, and so are Python's filters of warnings.
+    """
+    with _ONE_AT_A_TIME:
+        limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            PIL.Image.MAX_IMAGE_PIXELS = limit
 
 
 def in_one_line(error: pyvips.Error) -> str:
@@ -226,7 +233,7 @@ def _notes(path: Path, image: pyvips.Image) -> tuple[str, ...]:
         # libvips knows no APNG. What Pillow refuses (long texts, say) may be a whole picture yet.
         silent = warnings.catch_warnings(action="ignore")
         passing = suppress(OSError, SyntaxError, ValueError)
-        with passing, silent, _without_pillows_limit(), PIL.Image.open(path) as png:
+        with passing, _without_pillows_limit(), silent, PIL.Image.open(path) as png:
             num_pages = getattr(png, "n_frames", 1)
     if isinstance(num_pages, int) and num_pages > 1:
         return (f"has {num_pages} frames or pages; only the first is used",)

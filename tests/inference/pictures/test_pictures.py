@@ -1,7 +1,9 @@
 import os
 import signal
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -11,7 +13,7 @@ import pyvips
 import torch
 
 from ksr_distill.inference.pictures.rasters import ResampledRaster, TensorRaster, Window
-from ksr_distill.inference.pictures.reading import open_picture
+from ksr_distill.inference.pictures.reading import _without_pillows_limit, open_picture
 from ksr_distill.inference.pictures.writing import (
     PngStream,
     check_target,
@@ -112,6 +114,19 @@ def test_an_opaque_picture_is_returned_to_the_bit(tmp_path):
     picture = open_picture(tmp_path / "in.png")
     write_picture(picture.colour, picture, tmp_path / "out.png", name="png", bits=8)
     np.testing.assert_array_equal(np.asarray(PIL.Image.open(tmp_path / "out.png")), RGB)
+
+
+def test_threads_that_read_pictures_leave_pillow_its_limit():
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+
+    def seen(number):
+        with _without_pillows_limit():
+            time.sleep(0.02 * (1 + number))
+            return PIL.Image.MAX_IMAGE_PIXELS
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(seen, range(3))) == [None] * 3
+    assert limit == PIL.Image.MAX_IMAGE_PIXELS
 
 
 def test_transparency_brings_no_dark_fringe(tmp_path):
