@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 
-from benchmarks.boards import composed, make_board, write_random_teacher
 from benchmarks.measuring import RESULTS, phase, wait_for, write_results
+from benchmarks.modules import build_module, composed, write_random_teacher
 from ksr_distill.training.base import UpdateModule
 from ksr_distill.training.checkpoint_folder import path_of_update
 from ksr_distill.training.checkpoint_io import AtomicCheckpointIO
@@ -55,7 +55,7 @@ def make_module(overrides: Sequence[str], device: torch.device) -> UpdateModule:
     with tempfile.TemporaryDirectory() as folder:
         config = composed(f"teacher={folder}", "compile_networks=false", *overrides)
         write_random_teacher(Path(folder), config["model"], device)
-        return make_board(config, device)
+        return build_module(config, device)
 
 
 def state_of(module: UpdateModule) -> dict[str, Any]:

@@ -30,9 +30,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
-from benchmarks.boards import STEADY, composed, write_random_teacher
 from benchmarks.loader import Case, make_pictures, pack
 from benchmarks.measuring import RESULTS, phase, write_results
+from benchmarks.modules import STEADY, composed, write_random_teacher
 
 QUIET = ("trainer.val_check_interval=1.0", "+trainer.enable_progress_bar=false",
          "+trainer.enable_model_summary=false", "callbacks.speed.count_flops=false",

@@ -37,16 +37,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.boards import (
-    STEADY,
-    composed,
-    make_board,
-    precision_of_training,
-    random_batch,
-    renew_optimizers,
-    turns_of,
-    write_random_teacher,
-)
 from benchmarks.measuring import (
     RESULTS,
     Times,
@@ -56,6 +46,16 @@ from benchmarks.measuring import (
     time_calls,
     wait_for,
     write_results,
+)
+from benchmarks.modules import (
+    STEADY,
+    build_module,
+    composed,
+    precision_of_training,
+    random_batch,
+    renew_optimizers,
+    turns_of,
+    write_random_teacher,
 )
 from benchmarks.profiling import print_profile
 from ksr_distill.training.arithmetic import ArithmeticCounter
@@ -132,7 +132,7 @@ class Bench:
         self.case, self.device, self.calls, self.also = case, device, calls, " ".join(also)
         if "distillation" in config["module"]["_target_"] and not (folder / "sr").exists():
             write_random_teacher(folder, config["model"], device)
-        self.module = make_board(config, device)
+        self.module = build_module(config, device)
         self.batch = random_batch(case.batch_size, case.crop_px, device)
         self.turns = turns_of(self.module)
         self.flops: dict[str, float] = {}

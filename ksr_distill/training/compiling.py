@@ -1,7 +1,7 @@
 """What torch.compile compiles: whole networks, each kind of block once, or only the norms.
 
-Always with ``dynamic=False``: crops have one size, and after one smaller batch (DDP's rehearsal)
-torch.compile would otherwise make every kernel shape-generic, which is slower.
+Always with ``dynamic=False``: all crops have one size, and after one smaller batch (DDP's
+dummy backward) torch.compile would otherwise make every kernel shape-generic, which is slower.
 """
 
 from collections.abc import Callable

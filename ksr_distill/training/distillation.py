@@ -427,7 +427,7 @@ class DistillationModule(UpdateModule):
         """The trunk is the teacher's: it comes from the teacher's folder, not from checkpoints."""
         return "critic.trunk."
 
-    def rehearsal_loss(self, name: str) -> Float[Tensor, ""]:
+    def dummy_loss(self, name: str) -> Float[Tensor, ""]:
         """Return a loss on made-up data through the wrapper, for DDP's first bucket layout."""
         t = torch.zeros(2, dtype=torch.int64, device=self.device)
         image = torch.zeros(2, 3, *2 * [8 * self.student.stride], device=self.device)

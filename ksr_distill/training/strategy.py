@@ -34,7 +34,7 @@ class HasNetworks(Protocol):
         """Use this wrapper for gradient-carrying forwards; keep it outside the module tree."""
         ...
 
-    def rehearsal_loss(self, name: str) -> Tensor:
+    def dummy_loss(self, name: str) -> Tensor:
         """Return a loss on made-up data, through this network's wrapper as in its turn."""
         ...
 
@@ -71,13 +71,13 @@ class PerNetworkDDP(DDPStrategy):
 
     @override
     def on_train_start(self) -> None:
-        """Run one throw-away backward through each wrapper.
+        """Run one dummy backward through each wrapper.
 
         DDP lays out its buckets anew after the first backward. A resumed process would begin with
         the first layout again and sum in another order: on 3 and more ranks its first update
-        differs in the last bits from the uninterrupted run's (measured). After the rehearsal both
-        have the second layout. It runs eagerly: compiling for its small pictures would take as
-        long as compiling for the training's.
+        differs in the last bits from the uninterrupted run's (measured). After the dummy backward
+        both have the second layout. It runs eagerly: compiling for its small pictures would take
+        as long as compiling for the training's.
         """
         module = self._networks_of_module()
         if module.reduces_gradients:
@@ -85,7 +85,7 @@ class PerNetworkDDP(DDPStrategy):
         with torch.compiler.set_stance("force_eager"):
             for name, network in module.trainable_networks().items():
                 with self.precision_plugin.train_step_context():
-                    loss = module.rehearsal_loss(name)
+                    loss = module.dummy_loss(name)
                 loss.backward()
                 network.zero_grad(set_to_none=True)
 
@@ -101,7 +101,7 @@ class PerNetworkDDP(DDPStrategy):
         if not isinstance(self.lightning_module, HasNetworks):
             raise ValueError(
                 f"{type(self.lightning_module).__name__} has no trainable_networks, set_wrapped "
-                "and rehearsal_loss, which PerNetworkDDP needs; use strategy=ddp for this module"
+                "and dummy_loss, which PerNetworkDDP needs; use strategy=ddp for this module"
             )
         return self.lightning_module
 

@@ -122,7 +122,7 @@ class TeacherModule(UpdateModule):
         detail_t = self.schedule.timestep_of_log_snr(low + (high - low) * place)
         return torch.where(u < self.detail_share, detail_t, t)
 
-    def rehearsal_loss(self, name: str) -> Float[Tensor, ""]:
+    def dummy_loss(self, name: str) -> Float[Tensor, ""]:
         """Return a loss on made-up data through the wrapper, for DDP's first bucket layout."""
         x_t = torch.zeros(1, 3, *2 * [8 * self.teacher.stride], device=self.device)
         t = torch.zeros(1, dtype=torch.int64, device=self.device)

@@ -8,7 +8,7 @@ import pytest
 from hydra.utils import instantiate
 
 from benchmarks import ablations
-from benchmarks.boards import composed
+from benchmarks.modules import composed
 from ksr_distill.training.build import chosen_timesteps
 
 CHANGES = ablations.read_changes()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import loader, startup, training
-from benchmarks.boards import composed, make_board, random_batch, write_random_teacher
+from benchmarks.modules import build_module, composed, random_batch, write_random_teacher
 from benchmarks.profiling import kind_of
 from ksr_distill.models import KSRUNet
 from ksr_distill.training.arithmetic import ArithmeticCounter
@@ -72,7 +72,7 @@ def test_an_update_is_made_of_its_turns(tmp_path):
                       "loss.game.backward_simulation_prob=0.0")  # fmt: skip
     write_random_teacher(tmp_path, config["model"])
     device = torch.device("cpu")
-    module, batch = make_board(config, device), random_batch(1, 32, device)
+    module, batch = build_module(config, device), random_batch(1, 32, device)
     flops = {}
     for name, turn in training.turns_of(module).items():
         with ArithmeticCounter() as counter:

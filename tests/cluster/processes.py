@@ -56,7 +56,7 @@ class Processes:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["two_players", "real_run", "train"])
+        context.set_forkserver_preload(["two_networks", "real_run", "train"])
         port = free_port()
         self.all: list[ForkServerProcess] = []
         for rank in range(world):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from processes import Processes, wait_until
-from two_players import TwoPlayers, die_at, train
+from two_networks import TwoNetworks, die_at, train
 
 from ksr_distill.training.checkpoint_folder import lock_folder, path_of_update
 from ksr_distill.training.checkpoint_io import (
@@ -190,13 +190,13 @@ def test_a_validation_does_not_wait_for_a_write_and_its_figure_is_noted_after_it
         may_write.wait(30)
         write_checkpoint(checkpoint, path, facts)
 
-    def at(module: TwoPlayers, place: str) -> None:
+    def at(module: TwoNetworks, place: str) -> None:
         if place == "critic's turn" and module.update == 3:  # the validation at 3 has ended
             waited.append(list(tmp_path.glob("update-*.ckpt")))
             may_write.set()
 
     monkeypatch.setattr("ksr_distill.training.checkpoint_io.write_checkpoint", write)
-    module = TwoPlayers(num_updates=4)
+    module = TwoNetworks(num_updates=4)
     module.at = at
     train(tmp_path, module=module, checkpoint={"every_updates": 3, "background_above_mb": 0.0})
     assert waited == [[]]
@@ -207,17 +207,17 @@ def test_a_validation_does_not_wait_for_a_write_and_its_figure_is_noted_after_it
 def test_a_validation_that_a_run_was_killed_in_is_made_up_for(tmp_path: Path) -> None:
     validated: list[int] = []
 
-    def die(module: TwoPlayers, place: str) -> None:
+    def die(module: TwoNetworks, place: str) -> None:
         if place == "validation":
             raise KeyboardInterrupt
 
-    def note(module: TwoPlayers, place: str) -> None:
+    def note(module: TwoNetworks, place: str) -> None:
         if place == "validation":
             validated.append(module.update)
 
     often = {"every_updates": 3}
     whole = train(tmp_path / "whole", checkpoint=often)
-    first, again = TwoPlayers(), TwoPlayers()
+    first, again = TwoNetworks(), TwoNetworks()
     first.at, again.at = die, note
     with pytest.raises(SystemExit):
         train(tmp_path / "parts", module=first, checkpoint=often)
@@ -269,7 +269,7 @@ def test_a_foreground_and_a_background_run_end_equal(tmp_path: Path) -> None:
 def test_the_newest_and_the_best_stay_and_the_rest_is_pruned(tmp_path: Path) -> None:
     train(
         tmp_path,
-        module=TwoPlayers(num_updates=18),
+        module=TwoNetworks(num_updates=18),
         checkpoint={"every_updates": 2, "keep_last": 2, "keep_best": 1},
     )
     # validation figures: 1 at update 3, 2 at 6, 3 at 9, 4 at 12 (the best), 0 at 15, 1 at 18
@@ -281,20 +281,20 @@ def test_the_newest_and_the_best_stay_and_the_rest_is_pruned(tmp_path: Path) -> 
 
 
 def test_an_ended_run_given_more_updates_goes_on_as_if_it_had_not_ended(tmp_path: Path) -> None:
-    whole = train(tmp_path / "whole", module=TwoPlayers(num_updates=8))
-    train(tmp_path / "parts", module=TwoPlayers(num_updates=4))
-    assert train(tmp_path / "parts", module=TwoPlayers(num_updates=8)) == whole
+    whole = train(tmp_path / "whole", module=TwoNetworks(num_updates=8))
+    train(tmp_path / "parts", module=TwoNetworks(num_updates=4))
+    assert train(tmp_path / "parts", module=TwoNetworks(num_updates=8)) == whole
 
 
 def test_time_alone_makes_a_save_due(tmp_path: Path) -> None:
-    module = TwoPlayers(num_updates=4)
+    module = TwoNetworks(num_updates=4)
     module.at = lambda *_: time.sleep(0.02)
     train(tmp_path, module=module, checkpoint={"every_minutes": 0.01 / 60, "keep_last": 9})
     assert len(list(tmp_path.glob("update-*.ckpt"))) == 4
 
 
 def test_what_a_killed_save_left_is_swept_and_what_lies_beyond_is_set_aside(tmp_path: Path) -> None:
-    train(tmp_path, module=TwoPlayers(num_updates=2))
+    train(tmp_path, module=TwoNetworks(num_updates=2))
     (tmp_path / "update-000000009.ckpt.tmp").write_bytes(b"torn")
     manifest_path(tmp_path / "update-000000009.ckpt").write_text("{}")
     shutil.copy(tmp_path / "update-000000002.ckpt", tmp_path / "update-000000003.ckpt")
@@ -311,13 +311,13 @@ def test_what_a_killed_save_left_is_swept_and_what_lies_beyond_is_set_aside(tmp_
 
 
 def _die_after_one(folder: Path) -> None:
-    module = TwoPlayers()
+    module = TwoNetworks()
     module.at = die_at(2, "critic's turn")
     train(folder / "run", module=module, checkpoint={"every_updates": 1})
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
-    module = TwoPlayers()
+    module = TwoNetworks()
     module.at = lambda *_: train(tmp_path)
     with pytest.raises(ValueError, match="another run is writing"):
         train(tmp_path, module=module)
@@ -326,7 +326,7 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path: Path) -> None:
 def test_optimizer_states_of_parameters_in_another_order_are_refused(tmp_path: Path) -> None:
     Processes(1, _die_after_one, tmp_path).wait()
 
-    class Swapped(TwoPlayers):
+    class Swapped(TwoNetworks):
         def configure_optimizers(self) -> list[torch.optim.Optimizer]:
             first, second = super().configure_optimizers()
             parameters = first.param_groups[0]["params"]
@@ -365,7 +365,7 @@ def test_moments_stay_with_their_weights_when_the_memory_format_changes(
 def test_a_full_disk_keeps_the_last_good_checkpoint_and_training_goes_on(
     tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    train_until = {"module": TwoPlayers(num_updates=6), "checkpoint": {"every_updates": 2}}
+    train_until = {"module": TwoNetworks(num_updates=6), "checkpoint": {"every_updates": 2}}
     saves = []
 
     def write(checkpoint: Any, path: Path, facts: Any) -> None:
@@ -390,7 +390,7 @@ def test_a_run_whose_end_cannot_be_saved_does_not_end_well(
 
     monkeypatch.setattr("ksr_distill.training.checkpoint_io.write_checkpoint", write)
     with pytest.raises(OSError, match=r"could not be saved .* free space"):
-        train(tmp_path, module=TwoPlayers(num_updates=2))
+        train(tmp_path, module=TwoNetworks(num_updates=2))
 
 
 def save_and_save_again(folder: Path, *, background_above_mb: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 from processes import Processes, wait_until
-from two_players import TwoPlayers, train
+from two_networks import TwoNetworks, train
 
 from ksr_distill.training.guards import CollapseMonitor, NonFiniteGuard, is_range
 from ksr_distill.training.wandb_logger import GuestWandbLogger
@@ -18,9 +18,9 @@ from ksr_distill.training.watchdog import EXIT_STALLED, StallWatchdog
 
 
 def test_a_run_of_skipped_updates_stops_with_the_last_checkpoint_named(tmp_path: Path) -> None:
-    module = TwoPlayers(num_updates=9)
+    module = TwoNetworks(num_updates=9)
 
-    def skip(module: TwoPlayers, place: str) -> None:
+    def skip(module: TwoNetworks, place: str) -> None:
         if place == "end of the update" and module.update > 4:
             module.skipped_in_a_row[1] += 1
 
@@ -32,7 +32,7 @@ def test_a_run_of_skipped_updates_stops_with_the_last_checkpoint_named(tmp_path:
 
 
 def test_one_skipped_update_stops_nothing(tmp_path: Path) -> None:
-    module = TwoPlayers(num_updates=3)
+    module = TwoNetworks(num_updates=3)
     module.skipped_in_a_row[0] = 1
     train(tmp_path, module=module, callbacks=(NonFiniteGuard(stop_after=2, every_updates=1),))
 
@@ -48,7 +48,7 @@ def monitor(stop_after: int | None) -> CollapseMonitor:
 
 
 def log_auc(value: float) -> Any:
-    def at(module: TwoPlayers, place: str) -> None:
+    def at(module: TwoNetworks, place: str) -> None:
         module.logged["health/auc_head_2"] = value
         module.logged["other"] = 7.0
 
@@ -58,7 +58,7 @@ def log_auc(value: float) -> Any:
 def test_a_collapse_is_warned_of_once_with_the_figure(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    module = TwoPlayers(num_updates=5)
+    module = TwoNetworks(num_updates=5)
     module.at = log_auc(0.993)
     with caplog.at_level(logging.WARNING):
         train(tmp_path, module=module, callbacks=(monitor(None),))
@@ -88,7 +88,7 @@ def test_a_range_without_advice_is_watched_and_what_is_no_range_is_named(
 
 
 def test_a_collapse_can_stop_the_run(tmp_path: Path) -> None:
-    module = TwoPlayers(num_updates=5)
+    module = TwoNetworks(num_updates=5)
     module.at = log_auc(float("nan"))
     with pytest.raises(ValueError, match=r"auc_head_2=nan .*stop_after=3"):
         train(tmp_path, module=module, callbacks=(monitor(3),))
@@ -96,13 +96,13 @@ def test_a_collapse_can_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_a_healthy_game_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    module = TwoPlayers(num_updates=5)
+    module = TwoNetworks(num_updates=5)
     module.at = log_auc(0.8)
     train(tmp_path, module=module, callbacks=(monitor(1),))
     assert "auc" not in caplog.text
 
 
-class StuckLoader(TwoPlayers):
+class StuckLoader(TwoNetworks):
     def train_dataloader(self) -> Any:
         positions, module = super().train_dataloader(), self
 
@@ -122,9 +122,9 @@ def train_with_a_stuck_loader(folder: Path) -> None:
 
 
 def fail_and_hang_at_the_end(folder: Path) -> None:
-    module = TwoPlayers()
+    module = TwoNetworks()
 
-    def fail(module: TwoPlayers, place: str) -> None:
+    def fail(module: TwoNetworks, place: str) -> None:
         if module.update == 2:
             raise ValueError("a guard has had enough")
 
@@ -155,7 +155,7 @@ def test_a_stalled_loader_ends_every_rank_and_is_named(tmp_path: Path) -> None:
 def test_who_has_ended_an_update_is_not_behind_one_who_is_still_inside(
     tmp_path: Path, lost: int
 ) -> None:
-    module, trainer = TwoPlayers(), pl.Trainer(logger=False, accelerator="cpu")
+    module, trainer = TwoNetworks(), pl.Trainer(logger=False, accelerator="cpu")
     ranks = [StallWatchdog(tmp_path, timeout_s=60) for _ in range(3)]
     for rank, watchdog in enumerate(ranks):
         watchdog._rank, watchdog._world = rank, 3
@@ -170,7 +170,7 @@ def test_who_has_ended_an_update_is_not_behind_one_who_is_still_inside(
 
 
 def train_slowly(folder: Path) -> None:
-    module = TwoPlayers(num_updates=500)
+    module = TwoNetworks(num_updates=500)
     module.at = lambda module, _: (
         (folder / f"at.{module.global_rank}").write_text(str(module.update)),
         time.sleep(0.02),

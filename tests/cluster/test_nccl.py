@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.timeout(500),
     pytest.mark.skipif(
         torch.cuda.device_count() < 2 and "KSR_NCCL_ON_CPU" not in os.environ,
-        reason="needs two CUDA devices; KSR_NCCL_ON_CPU=1 rehearses it on the CPU, over gloo",
+        reason="needs two CUDA devices; KSR_NCCL_ON_CPU=1 runs it on the CPU, over gloo",
     ),
 ]
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from two_players import TwoPlayers, train
+from two_networks import TwoNetworks, train
 
 from ksr_distill.training.history import MetricsCSV
 from ksr_distill.training.run_record import RunRecord, scrub, scrub_command
@@ -28,7 +28,7 @@ def figures(folder: Path) -> dict[tuple[int, str], float]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    module = TwoPlayers(num_updates=9)
+    module = TwoNetworks(num_updates=9)
     module.record = {"config": CONFIG}
     callbacks = (RunRecord(folder), Throughput(every_updates=4, count_flops=True))
     loggers = [MetricsCSV(folder=str(folder))]
@@ -46,7 +46,7 @@ def test_speed_memory_and_waiting_are_logged_per_rank_every_n_updates(run: Path)
 
 def test_the_arithmetic_of_an_update_is_that_of_its_matrix_products(tmp_path: Path) -> None:
     speed = Throughput(every_updates=100, count_flops=True)
-    train(tmp_path, module=TwoPlayers(num_updates=1, global_batch=12), callbacks=(speed,))
+    train(tmp_path, module=TwoNetworks(num_updates=1, global_batch=12), callbacks=(speed,))
 
     def forward(outputs: int, rows: int) -> int:
         return 2 * rows * (8 * 64 + 64 * 64 + 64 * outputs)
@@ -93,7 +93,7 @@ def test_secrets_are_not_written_down(run: Path) -> None:
 
 
 def test_a_saves_share_of_the_time_is_told(tmp_path: Path) -> None:
-    module: Any = TwoPlayers(num_updates=4)
+    module: Any = TwoNetworks(num_updates=4)
     speed = Throughput(every_updates=4, count_flops=False)
     loggers = [MetricsCSV(folder=str(tmp_path))]
     train(
@@ -119,7 +119,7 @@ def test_a_full_disk_at_the_start_costs_the_record_and_not_the_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ksr_distill.durable.flush_to_disk", full)
-    module = TwoPlayers(num_updates=1)
+    module = TwoNetworks(num_updates=1)
     module.record = {"config": CONFIG}
     train(tmp_path / "checkpoints", module=module, callbacks=(RunRecord(tmp_path),))
     assert "lack this start ([Errno 28] No space" in caplog.text

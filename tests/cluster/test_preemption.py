@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 from processes import Processes, wait_until
-from two_players import TwoPlayers, sleeper, train, write_result
+from two_networks import TwoNetworks, sleeper, train, write_result
 
 from ksr_distill.training.checkpoints import last_good_checkpoint
 from ksr_distill.training.preemption import EXIT_PREEMPTED, PreemptionGuard, requeue, slurm_job
@@ -20,17 +20,17 @@ from ksr_distill.training.preemption import EXIT_PREEMPTED, PreemptionGuard, req
 def train_guarded(folder: Path, *, seconds: float = 0.0, skew: float = 0.0) -> None:
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):
         os.environ.pop(name, None)
-    players = TwoPlayers(num_updates=8)
+    module = TwoNetworks(num_updates=8)
     pause = sleeper(seconds, skew)
 
-    def at(module: TwoPlayers, place: str) -> None:
+    def at(module: TwoNetworks, place: str) -> None:
         (folder / f"at.{module.global_rank}").write_text(str(module.update))
         pause(module, place)
 
-    players.at = at
+    module.at = at
     guard = PreemptionGuard(stay_alive_s=20)
-    told = train(folder / "run", module=players, callbacks=(guard,))
-    write_result(folder / f"result.{players.global_rank}.json", digest=told)
+    told = train(folder / "run", module=module, callbacks=(guard,))
+    write_result(folder / f"result.{module.global_rank}.json", digest=told)
 
 
 def digest_of(folder: Path) -> str:

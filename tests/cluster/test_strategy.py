@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import Processes
-from two_players import TwoPlayers, die_at, train, write_result
+from two_networks import TwoNetworks, die_at, train, write_result
 
 from ksr_distill.training.checkpoint_io import read_manifest
 from ksr_distill.training.checkpoints import last_good_checkpoint
@@ -22,18 +22,18 @@ def train_and_tell(
     folder: Path,
     *,
     die: tuple[int, str] | None = None,
-    rehearse: bool = True,
+    with_dummy_backward: bool = True,
     every_updates: int = 100,
-    **module: Any,
+    **settings: Any,
 ) -> None:
     """Train; tell the digest of the end."""
-    players = TwoPlayers(**module)
+    module = TwoNetworks(**settings)
     if die:
-        players.at = die_at(*die)
-    if not rehearse:
+        module.at = die_at(*die)
+    if not with_dummy_backward:
         PerNetworkDDP.on_train_start = pl.strategies.DDPStrategy.on_train_start
-    told = train(folder / "run", module=players, checkpoint={"every_updates": every_updates})
-    write_result(folder / f"result.{players.global_rank}.json", digest=told, update=players.update)
+    told = train(folder / "run", module=module, checkpoint={"every_updates": every_updates})
+    write_result(folder / f"result.{module.global_rank}.json", digest=told, update=module.update)
 
 
 def result(folder: Path, rank: int = 0) -> dict[str, Any]:
@@ -48,10 +48,10 @@ def tell_gradients(folder: Path) -> None:
     """Make one update for each number of micro-batches; tell each rank's gradients of each turn."""
     for accumulate in ACCUMULATE:
         for by in BY:
-            players = TwoPlayers(num_updates=1, global_batch=48, accumulate=accumulate,
+            module = TwoNetworks(num_updates=1, global_batch=48, accumulate=accumulate,
                                  reduces_gradients=by == "itself")  # fmt: skip
-            train(folder / f"run.{by}.{accumulate}", module=players)
-            torch.save(players.gradients, folder / f"{by}.{accumulate}.{players.global_rank}.pt")
+            train(folder / f"run.{by}.{accumulate}", module=module)
+            torch.save(module.gradients, folder / f"{by}.{accumulate}.{module.global_rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +106,18 @@ def test_a_run_saved_by_its_validation_resumes_exactly(tmp_path: Path) -> None:
     assert result(parts)["digest"] == result(whole)["digest"]
 
 
-def test_without_the_rehearsal_three_processes_do_not_resume_exactly(tmp_path: Path) -> None:
+def test_without_the_dummy_backward_three_processes_do_not_resume_exactly(tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    Processes(3, train_and_tell, whole, rehearse=False).succeed()
+    Processes(3, train_and_tell, whole, with_dummy_backward=False).succeed()
     die = (4, "critic's turn")
-    Processes(3, train_and_tell, parts, rehearse=False, every_updates=4, die=die).wait()
-    Processes(3, train_and_tell, parts, rehearse=False).succeed()
+    Processes(3, train_and_tell, parts, with_dummy_backward=False, every_updates=4, die=die).wait()
+    Processes(3, train_and_tell, parts, with_dummy_backward=False).succeed()
     assert result(parts)["digest"] != result(whole)["digest"]
 
 
 def count_reduced_elements(folder: Path) -> None:
     """Tell how many elements each turn reduces, by a hook on every wrapper's buckets."""
-    place = ["rehearsal"]
+    place = ["dummy backward"]
     counts: dict[str, int] = {}
     wrap = PerNetworkDDP._setup_model
 
@@ -138,25 +138,25 @@ def count_reduced_elements(folder: Path) -> None:
     told = {}
     for accumulate in ACCUMULATE:
         counts.clear()
-        place[0] = "rehearsal"
-        players = TwoPlayers(num_updates=1, global_batch=48, accumulate=accumulate)
-        players.at = lambda _, at: place.__setitem__(0, at)
-        train(folder / f"run.{accumulate}", module=players)
+        place[0] = "dummy backward"
+        module = TwoNetworks(num_updates=1, global_batch=48, accumulate=accumulate)
+        module.at = lambda _, at: place.__setitem__(0, at)
+        train(folder / f"run.{accumulate}", module=module)
         told[accumulate] = dict(counts)
     sizes = {
         name: sum(parameter.numel() for parameter in network.parameters())
-        for name, network in players.trainable_networks().items()
+        for name, network in module.trainable_networks().items()
     }
-    write_result(folder / f"result.{players.global_rank}.json", counts=told, sizes=sizes)
+    write_result(folder / f"result.{module.global_rank}.json", counts=told, sizes=sizes)
 
 
-def test_a_turn_reduces_exactly_its_players_parameters_and_only_once(tmp_path: Path) -> None:
+def test_a_turn_reduces_exactly_its_networks_parameters_and_only_once(tmp_path: Path) -> None:
     Processes(2, count_reduced_elements, tmp_path).succeed()
     told = result(tmp_path)
     critic, student = told["sizes"]["critic"], told["sizes"]["student"]
     for counts in told["counts"].values():
         assert counts == {
-            "rehearsal": critic + student,
+            "dummy backward": critic + student,
             "critic's turn": critic,
             "student's turn": student,
         }

@@ -1,4 +1,4 @@
-"""A tiny game without a Trainer: real networks, real optimisers, noise for photos."""
+"""A tiny distillation without a Trainer: real networks and optimisers, noise for photos."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.boards import BareOptimizer
+from benchmarks.modules import BareOptimizer
 from ksr_distill.models import Critic, KSRUNet
 from ksr_distill.training.distillation import DistillationModule
 from ksr_distill.training.settings import CriticTerms, GameSettings, PlayerOptim, StudentTerms
@@ -37,16 +37,16 @@ def batch(seed: int = 0, size: int = 4) -> Batch:
     return Batch(hires, torch.nn.functional.avg_pool2d(hires, 2))
 
 
-class OnePlayerBoard(DistillationModule):
-    """The module with its own optimisers: what a Trainer would hold."""
+class StandaloneDistillation(DistillationModule):
+    """The module with the optimisers that a Trainer would hold."""
 
     micro_batches_per_update = 1
-    made: list[BareOptimizer] | None = None
+    bare_optimizers: list[BareOptimizer] | None = None
 
     def optimizers(self) -> Any:
-        if self.made is None:
-            self.made = [BareOptimizer(o) for o in self.configure_optimizers()]
-        return self.made
+        if self.bare_optimizers is None:
+            self.bare_optimizers = [BareOptimizer(o) for o in self.configure_optimizers()]
+        return self.bare_optimizers
 
     def manual_backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         loss.backward()
@@ -61,8 +61,8 @@ class OnePlayerBoard(DistillationModule):
 
 
 @pytest.fixture
-def make_module() -> Callable[..., OnePlayerBoard]:
-    def make(**changes: Any) -> OnePlayerBoard:
+def make_module() -> Callable[..., StandaloneDistillation]:
+    def make(**changes: Any) -> StandaloneDistillation:
         torch.manual_seed(0)
         teacher = KSRUNet(**TINY, predict_residual=True)
         torch.nn.init.normal_(teacher.conv_out.weight, std=0.05)
@@ -80,6 +80,6 @@ def make_module() -> Callable[..., OnePlayerBoard]:
             "scale": 2, "seed": 1, "num_updates": 100, "ema_decay": 0.999,
             "compile_networks": False, "cuda_graphs": False, "record": {},
         }  # fmt: skip
-        return OnePlayerBoard(**{**defaults, **changes}).train()
+        return StandaloneDistillation(**{**defaults, **changes}).train()
 
     return make

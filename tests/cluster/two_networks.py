@@ -1,4 +1,4 @@
-"""A real two-player training, as small as can be: what the cluster tests train, kill and continue.
+"""The smallest real training of student and critic, which the cluster tests kill and continue.
 
 It keeps the contract: every draw is a function of (seed, stream, update, row), the
 critic's turn over all micro-batches comes before the student's, one training_step is one update.
@@ -30,7 +30,7 @@ SEED = 1234
 class Positions:
     """A loader of `num_updates` items that begins at the module's update."""
 
-    def __init__(self, module: "TwoPlayers", num_updates: int) -> None:
+    def __init__(self, module: "TwoNetworks", num_updates: int) -> None:
         self.module, self.num_updates = module, num_updates
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ def network(outputs: int, stream: int) -> nn.Sequential:
     return layers
 
 
-class TwoPlayers(pl.LightningModule):
+class TwoNetworks(pl.LightningModule):
     def __init__(
         self,
         *,
@@ -70,7 +70,7 @@ class TwoPlayers(pl.LightningModule):
         self.global_batch, self.accumulate, self.num_updates = global_batch, accumulate, num_updates
         self.update = 0
         self.reduces_gradients = reduces_gradients
-        self.at: Callable[[TwoPlayers, str], None] = lambda *_: None
+        self.at: Callable[[TwoNetworks, str], None] = lambda *_: None
         self.gradients: dict[str, Tensor] = {}
         self.logged: dict[str, float] = {}
         self.register_buffer("skipped_in_a_row", torch.zeros(2, dtype=torch.int64))
@@ -82,7 +82,7 @@ class TwoPlayers(pl.LightningModule):
     def set_wrapped(self, name: str, wrapped: nn.Module) -> None:
         self.wrapped[name] = wrapped
 
-    def rehearsal_loss(self, name: str) -> Tensor:
+    def dummy_loss(self, name: str) -> Tensor:
         return self.wrapped[name](torch.ones(2, 8)).square().mean()
 
     def train_dataloader(self) -> Positions:
@@ -165,7 +165,7 @@ class TwoPlayers(pl.LightningModule):
         self.update = checkpoint["update"]
 
 
-def digest(module: TwoPlayers, optimizers: list[torch.optim.Optimizer]) -> str:
+def digest(module: TwoNetworks, optimizers: list[torch.optim.Optimizer]) -> str:
     """Return a checksum of all weights, the EMA, both optimisers' moments and the counter."""
     sha = hashlib.sha256(str(module.update).encode())
     for name, value in module.state_dict().items():
@@ -193,14 +193,14 @@ def checkpointing(folder: Path, **changes: Any) -> RunCheckpoint:
 def train(
     folder: Path,
     *,
-    module: TwoPlayers | None = None,
+    module: TwoNetworks | None = None,
     callbacks: tuple[pl.Callback, ...] = (),
     timeout_s: float = 20.0,
     checkpoint: dict[str, Any] | None = None,
     trainer: dict[str, Any] | None = None,
 ) -> str:
     """Train, or continue: the same call does both. Returns the digest of the end."""
-    module = module or TwoPlayers()
+    module = module or TwoNetworks()
     saver = checkpointing(folder, **(checkpoint or {}))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     arguments: dict[str, Any] = {
@@ -229,18 +229,18 @@ def write_result(path: Path, **result: Any) -> None:
     path.write_text(json.dumps(result))
 
 
-def die_at(update: int, place: str) -> Callable[[TwoPlayers, str], None]:
+def die_at(update: int, place: str) -> Callable[[TwoNetworks, str], None]:
     """Return a hook that ends the process without a word, as SIGKILL by the kernel does."""
 
-    def at(module: TwoPlayers, now: str) -> None:
+    def at(module: TwoNetworks, now: str) -> None:
         if (module.update, now) == (update, place):
             os.kill(os.getpid(), signal.SIGKILL)
 
     return at
 
 
-def sleeper(seconds: float, skew: float = 0.0) -> Callable[[TwoPlayers, str], None]:
-    def at(module: TwoPlayers, place: str) -> None:
+def sleeper(seconds: float, skew: float = 0.0) -> Callable[[TwoNetworks, str], None]:
+    def at(module: TwoNetworks, place: str) -> None:
         if place == "student's turn":
             time.sleep(seconds + skew * module.global_rank)
 

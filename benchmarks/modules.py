@@ -18,7 +18,7 @@ from ksr_distill.types import Batch
 
 CONF = Path(__file__).parents[1] / "conf"
 
-# The game as it is for most of a run: nobody waits, all timesteps, roll-outs as often as they get.
+# As in most of a run: no critic warm-up, all timesteps, roll-outs at their final probability.
 STEADY = [
     "loss.game.critic_warmup_updates=0",
     "loss.game.late_timesteps_updates=0",
@@ -51,7 +51,7 @@ def write_random_teacher(
 
 
 class BareOptimizer:
-    """What Lightning's wrapper is to the module: an optimiser inside, and steps."""
+    """What the module uses of Lightning's wrapper of an optimiser."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -60,7 +60,7 @@ class BareOptimizer:
         self.zero_grad = optimizer.zero_grad
 
 
-def make_board(config: dict[str, Any], device: torch.device) -> UpdateModule:
+def build_module(config: dict[str, Any], device: torch.device) -> UpdateModule:
     """Return the config's module on the device, ready for training_step."""
     build = instantiate(config["module"], _partial_=True, _convert_="all")
     module: UpdateModule = build(record={"config": config})
@@ -86,7 +86,7 @@ def random_batch(size: int, crop_px: int, device: torch.device, scale: int = 2) 
 
 @contextmanager
 def precision_of_training(device: torch.device) -> Iterator[None]:
-    """Do what trainer/auto.yaml does: bf16 autocast, TF32, cuDNN's trials; float32 on a CPU."""
+    """Set what trainer/auto.yaml sets (bf16 autocast, TF32, cuDNN autotuning); float32 on a CPU."""
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     on_cuda = device.type == "cuda"
@@ -113,7 +113,7 @@ def student_turn(module: DistillationModule, batch: Batch) -> None:
 
 
 def turns_of(module: UpdateModule) -> dict[str, Callable[[Any, Batch], None]]:
-    """Return what is measured: the turns of a game, or a teacher's update."""
+    """Return what is measured: turns and update of a distillation, or a teacher's update."""
     if isinstance(module, DistillationModule):
         return {"student turn": student_turn, "critic turn": critic_turn, "update": whole_update}
     return {"update": whole_update}
