@@ -5,6 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ksr_distill.evaluation.config import EvaluationConfig
 from ksr_distill.evaluation.model_folders import read_index
 from ksr_distill.evaluation.upscalers import ModelSpec
 
@@ -16,21 +17,21 @@ SPEC_KEYS = tuple(field.name for field in fields(ModelSpec))
 RUN_EXPORT, RUN_CHECKPOINT = "export", "checkpoints/best.ckpt"
 
 
-def candidates(config: Mapping[str, Any], to_folder: ToFolder) -> list[ModelSpec]:
+def candidates(config: EvaluationConfig, to_folder: ToFolder) -> list[ModelSpec]:
     """Return what the keys model, models, sweep and teacher name.
 
     Raises:
         ValueError: If an entry has an unknown key, lacks one, or names no model.
     """
-    specs = [] if config["model"] is None else [_from_path(config["model"], to_folder)]
-    specs += [_from_entry(entry, to_folder) for entry in config["models"]]
-    if config["sweep"] is not None:
-        specs += sweep_runs(Path(config["sweep"]), to_folder)
-    if config["teacher"] is not None:
-        teacher = to_folder(Path(config["teacher"]))
+    specs = [] if config.model is None else [_from_path(config.model, to_folder)]
+    specs += [_from_entry(entry, to_folder) for entry in config.models]
+    if config.sweep is not None:
+        specs += sweep_runs(config.sweep, to_folder)
+    if config.teacher is not None:
+        teacher = to_folder(config.teacher)
         specs += [
             ModelSpec(f"teacher_{steps}", teacher, "ddim", steps)
-            for steps in config["teacher_num_inference_steps"]
+            for steps in config.teacher_num_inference_steps
         ]
     return specs
 
@@ -90,7 +91,7 @@ def _from_entry(entry: str | Mapping[str, Any], to_folder: ToFolder) -> ModelSpe
     return ModelSpec(**{"name": named.name, **entry, "path": named.path})
 
 
-def check_names(config: Mapping[str, Any], names: Sequence[str]) -> None:
+def check_names(config: EvaluationConfig, names: Sequence[str]) -> None:
     """Refuse a comparison with a model that is not there, before anything runs.
 
     Raises:
@@ -98,6 +99,6 @@ def check_names(config: Mapping[str, Any], names: Sequence[str]) -> None:
     """
     if not names:
         raise ValueError("nothing to compare; give model=FOLDER, or baselines=[bicubic]")
-    for key in ("compare_with", "judged"):
-        if config[key] is not None and config[key] not in names:
-            raise ValueError(f"{key}={config[key]} is not among {', '.join(names)}")
+    for key, name in (("compare_with", config.compare_with), ("judged", config.judged)):
+        if name is not None and name not in names:
+            raise ValueError(f"{key}={name} is not among {', '.join(names)}")

@@ -15,7 +15,6 @@ from rich.progress import (
 )
 
 from ksr_distill import __version__
-from ksr_distill.config import check_whole_number
 from ksr_distill.degradation import Degradation
 from ksr_distill.evaluation.benchmark import (
     Benchmark,
@@ -25,6 +24,7 @@ from ksr_distill.evaluation.benchmark import (
 )
 from ksr_distill.evaluation.benchmark_images import BenchmarkImage, common_scale, find_images
 from ksr_distill.evaluation.candidates import ToFolder, candidates, check_names
+from ksr_distill.evaluation.config import EvaluationConfig
 from ksr_distill.evaluation.curves import read_curves
 from ksr_distill.evaluation.feature_network import load_feature_network
 from ksr_distill.evaluation.lpips import LPIPS
@@ -40,55 +40,43 @@ from ksr_distill.evaluation.upscalers import (
 )
 from ksr_distill.inference.model_folders.loading import pick_device
 
-WHOLE_NUMBERS = {
-    "scale": (1, False),
-    "seed": (0, False),
-    "crop_px": (16, False),
-    "max_cards": (0, False),
-    "num_images": (1, True),
-    "border_px": (0, True),
-}
-"""By key, the smallest that is allowed, and whether null is."""
-
 LoadRecipe = Callable[[str, int], Degradation]
 """From a recipe's name and the scale to the degradation."""
 
 
-def evaluate(config: Mapping[str, Any], *, to_folder: ToFolder, load_recipe: LoadRecipe) -> Path:
-    """Run the benchmark that the config describes and return the report's path.
+def evaluate(composed: Mapping[str, Any], *, to_folder: ToFolder, load_recipe: LoadRecipe) -> Path:
+    """Run the benchmark that the composed config describes and return the report's path.
 
     Raises:
         ValueError: By the config's key, before anything is run.
     """
-    for key, (smallest, may_be_null) in WHOLE_NUMBERS.items():
-        check_whole_number(config, key, at_least=smallest, may_be_null=may_be_null)
-    folder = Path(config["output_dir"])
-    images = find_images(_path(config["benchmark"]), _path(config["lowres"]))
-    images = images[: config["num_images"]]
+    config = EvaluationConfig.of(composed)
+    folder = config.output_dir
+    images = find_images(config.benchmark, config.lowres)[: config.num_images]
     settings = _settings(config, images, load_recipe)
     specs = candidates(config, to_folder)
-    check_names(config, [*config["baselines"], *(spec.name for spec in specs)])
+    check_names(config, [*config.baselines, *(spec.name for spec in specs)])
     upscalers = {
-        name: build_baseline(name, scale=settings.scale) for name in config["baselines"]
-    } | build_upscalers(specs, scale=settings.scale, device=settings.device, half=config["half"])
+        name: build_baseline(name, scale=settings.scale) for name in config.baselines
+    } | build_upscalers(specs, scale=settings.scale, device=settings.device, half=config.half)
     report = ReportSettings(
-        title=config["title"] or _title(config, settings.scale),
-        compare_with=config["compare_with"],
-        judged=config["judged"] or _judged(config, specs, upscalers),
-        sort_by=config["sort_by"],
-        max_cards=config["max_cards"],
-        curves=_path(config["curves"]),
+        title=config.title or _title(config, settings.scale),
+        compare_with=config.compare_with,
+        judged=config.judged or _judged(config, specs, upscalers),
+        sort_by=config.sort_by,
+        max_cards=config.max_cards,
+        curves=config.curves,
     )
-    if report.curves is not None:
-        read_curves(report.curves)  # only to refuse a damaged file now rather than in the end
+    if config.curves is not None:
+        read_curves(config.curves)  # refuses a damaged file before anything is run
     folder.mkdir(parents=True, exist_ok=True)
     benchmark = _run_with_progress(upscalers, images, settings, folder)
     facts = _facts(config, settings, specs)
     write_metrics_json(
         benchmark,
         folder / "metrics.json",
-        compare_with=config["compare_with"],
-        settings={**facts, "config": dict(config)},
+        compare_with=config.compare_with,
+        settings={**facts, "config": dict(composed)},
     )
     write_per_image_csv(benchmark, folder / "per_image.csv")
     write_report(benchmark, folder / "report.html", settings=report, facts=facts)
@@ -96,17 +84,20 @@ def evaluate(config: Mapping[str, Any], *, to_folder: ToFolder, load_recipe: Loa
 
 
 def _settings(
-    config: Mapping[str, Any], images: list[BenchmarkImage], load_recipe: LoadRecipe
+    config: EvaluationConfig, images: list[BenchmarkImage], load_recipe: LoadRecipe
 ) -> BenchmarkSettings:
-    scale = common_scale(images) or config["scale"]
-    device = pick_device(config["device"])
+    scale = common_scale(images) or config.scale
+    device = pick_device(config.device)
     lpips_trunk, feature_network = (
         None
-        if config[key] is None
-        else load_feature_network(Path(config[key]), key=key).to(measuring_device(device))
-        for key in ("lpips_weights", "feature_weights")
+        if weights is None
+        else load_feature_network(weights, key=key).to(measuring_device(device))
+        for key, weights in (
+            ("lpips_weights", config.lpips_weights),
+            ("feature_weights", config.feature_weights),
+        )
     )
-    recipe = config["degradation"]
+    recipe = config.degradation
     if recipe is None and any(image.hires is None or image.lowres is None for image in images):
         raise ValueError(
             "degradation is not set, and there are no pairs; "
@@ -114,9 +105,9 @@ def _settings(
         )
     return BenchmarkSettings(
         scale=scale,
-        border_px=scale if config["border_px"] is None else config["border_px"],
-        seed=config["seed"],
-        crop_px=config["crop_px"],
+        border_px=scale if config.border_px is None else config.border_px,
+        seed=config.seed,
+        crop_px=config.crop_px,
         device=device,
         degradation=None if recipe is None else load_recipe(recipe, scale),
         lpips=None if lpips_trunk is None else LPIPS(lpips_trunk).to(measuring_device(device)),
@@ -147,34 +138,32 @@ def _run_with_progress(
 
 
 def _judged(
-    config: Mapping[str, Any], specs: list[ModelSpec], upscalers: Mapping[str, Upscaler]
+    config: EvaluationConfig, specs: list[ModelSpec], upscalers: Mapping[str, Upscaler]
 ) -> str:
     """Return the first model; of a sweep the student with most steps; else the last baseline."""
-    if config["model"] is None and not config["models"] and config["sweep"] is not None:
+    if config.model is None and not config.models and config.sweep is not None:
         students = [n for n, u in upscalers.items() if isinstance(u, StudentUpscaler)]
         return max(students, key=lambda name: upscalers[name].num_inference_steps or 0)
     return specs[0].name if specs else list(upscalers)[-1]
 
 
 def _facts(
-    config: Mapping[str, Any], settings: BenchmarkSettings, specs: list[ModelSpec]
+    config: EvaluationConfig, settings: BenchmarkSettings, specs: list[ModelSpec]
 ) -> dict[str, str]:
     """Return how it was measured, in words."""
-    has_originals = config["benchmark"] is not None
+    has_originals = config.benchmark is not None
     return {
-        "Images": str(config["benchmark"] or config["lowres"]),
-        "Lowres": (
-            "as stored" if settings.degradation is None else f"recipe {config['degradation']}"
-        ),
+        "Images": str(config.benchmark or config.lowres),
+        "Lowres": ("as stored" if settings.degradation is None else f"recipe {config.degradation}"),
         "Scale": f"×{settings.scale}",
         "Border": f"{settings.border_px} px cropped before PSNR, SSIM and MS-SSIM",
         "Lowres consistency": (
             "area reduction of output and original"
             if has_originals
-            else f"output under recipe {config['degradation']} against the stored lowres"
+            else f"output under recipe {config.degradation} against the stored lowres"
         ),
         "Outputs": "rounded to 8 bits before measuring",
-        "Device": f"{settings.device}{', half precision' if config['half'] else ''}",
+        "Device": f"{settings.device}{', half precision' if config.half else ''}",
         "Software": f"ksr_distill {__version__}, torch {torch.__version__}",
         "Seed": str(settings.seed),
         "Intervals": f"percentile bootstrap over images, {NUM_RESAMPLES:,} resamples",
@@ -182,11 +171,7 @@ def _facts(
     }
 
 
-def _title(config: Mapping[str, Any], scale: int) -> str:
-    name = Path(config["benchmark"] or config["lowres"]).resolve()
-    parts = [part for part in name.parts[-2:] if part.lower() != f"x{scale}"]
+def _title(config: EvaluationConfig, scale: int) -> str:
+    folder = (config.benchmark or config.lowres or Path()).resolve()
+    parts = [part for part in folder.parts[-2:] if part.lower() != f"x{scale}"]
     return f"{parts[-1]} ×{scale}"
-
-
-def _path(value: str | None) -> Path | None:
-    return None if value is None else Path(value)

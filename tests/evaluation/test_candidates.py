@@ -1,14 +1,18 @@
 import json
+from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from ksr_distill.evaluation.candidates import candidates, check_names, sweep_runs
+from ksr_distill.evaluation.config import EvaluationConfig
 from ksr_distill.evaluation.upscalers import ModelSpec
 
-NOTHING = {
-    "model": None, "models": [], "sweep": None, "teacher": None,
-    "teacher_num_inference_steps": [1, 5],
-}  # fmt: skip
+CONF = Path(__file__).parents[2] / "conf/evaluation/evaluate.yaml"
+
+
+def config(**changes):
+    return EvaluationConfig.of(OmegaConf.to_object(OmegaConf.load(CONF)) | changes)
 
 
 def same(path):
@@ -27,24 +31,24 @@ def make_run(folder, num_steps, *, as_checkpoint=False):
 def test_a_folder_is_named_after_its_run(tmp_path):
     make_run(tmp_path / "ksr_flash", 4)
     path = tmp_path / "ksr_flash" / "export"
-    assert candidates(NOTHING | {"model": str(path)}, same) == [ModelSpec("ksr_flash", path)]
+    assert candidates(config(model=str(path)), same) == [ModelSpec("ksr_flash", path)]
 
 
 def test_a_checkpoint_is_turned_into_a_folder_and_named_after_its_run(tmp_path):
     make_run(tmp_path / "ksr_flash", 4, as_checkpoint=True)
     path = tmp_path / "ksr_flash" / "checkpoints" / "best.ckpt"
-    (spec,) = candidates(NOTHING | {"model": str(path)}, lambda p: tmp_path / f"exported-{p.stem}")
+    (spec,) = candidates(config(model=str(path)), lambda p: tmp_path / f"exported-{p.stem}")
     assert spec == ModelSpec("ksr_flash", tmp_path / "exported-best")
 
 
 def test_entries_may_say_everything_or_only_a_path(tmp_path):
     entry = {"name": "t", "path": str(tmp_path), "sampler": "ddim", "num_inference_steps": 100}
-    specs = candidates(NOTHING | {"models": [entry, str(tmp_path)]}, same)
+    specs = candidates(config(models=[entry, str(tmp_path)]), same)
     assert specs == [ModelSpec("t", tmp_path, "ddim", 100), ModelSpec(tmp_path.name, tmp_path)]
 
 
 def test_a_teacher_is_sampled_once_for_each_number(tmp_path):
-    specs = candidates(NOTHING | {"teacher": str(tmp_path)}, same)
+    specs = candidates(config(teacher=str(tmp_path)), same)
     assert [(s.name, s.sampler, s.num_inference_steps) for s in specs] == [
         ("teacher_1", "ddim", 1),
         ("teacher_5", "ddim", 5),
@@ -82,13 +86,13 @@ def test_a_folder_without_runs_is_refused(tmp_path):
 )
 def test_misspelt_entries_are_refused(entry, message):
     with pytest.raises(ValueError, match=message):
-        candidates(NOTHING | {"models": [entry]}, same)
+        candidates(config(models=[entry]), same)
 
 
 def test_comparisons_with_a_stranger_are_refused_before_anything_runs():
-    config = {"compare_with": "bicubic", "judged": "student"}
-    check_names(config, ["bicubic", "student"])
+    judged = config(judged="student")
+    check_names(judged, ["bicubic", "student"])
     with pytest.raises(ValueError, match="judged=student is not among bicubic, teacher"):
-        check_names(config, ["bicubic", "teacher"])
+        check_names(judged, ["bicubic", "teacher"])
     with pytest.raises(ValueError, match="nothing to compare"):
-        check_names(config, [])
+        check_names(judged, [])

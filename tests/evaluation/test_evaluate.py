@@ -1,4 +1,5 @@
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import evaluate
 from ksr_distill.degradation import JPEGDegradation
 from ksr_distill.evaluation import command
 from ksr_distill.evaluation.benchmark_images import write_image
+from ksr_distill.evaluation.config import EvaluationConfig
 from ksr_distill.evaluation.feature_network import FeatureNetwork
 from ksr_distill.overrides import check_overrides
 from tests.evaluation.conftest import photo
@@ -26,6 +28,10 @@ def run(*overrides):
     return command.evaluate(
         config(*overrides), to_folder=lambda path: path, load_recipe=evaluate.load_recipe
     )
+
+
+def test_every_key_of_evaluate_yaml_is_read():
+    assert set(config()) == {field.name for field in fields(EvaluationConfig)}
 
 
 def test_one_command_writes_numbers_and_a_report(pairs, tmp_path, student_folder, teacher_folder):
