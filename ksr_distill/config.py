@@ -23,10 +23,10 @@ SHORTENING = ("max_steps", "min_steps", "max_time", "limit_train_batches", "over
 """Trainer options that end a run early; it would then look like a finished one."""
 
 MIN_CROP_PX = 32
-"""Side of a tile of `evaluation.metrics.spectral_prominence`."""
+"""`evaluation.metrics.CHECKERBOARD_TILE_PX`, which this layer may not import."""
 
 MIN_VAL_CROP_PX = 56
-"""The sliced Wasserstein distance has 7 px patches on the fourth pyramid level: 7 · 2³."""
+"""`evaluation.distributions.MIN_SIDE_PX`, likewise: patches of 7 px on the fourth level, 7 · 2³."""
 
 
 def check_train_config(config: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The commands, from two folders to a report."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -8,6 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from ksr_distill.cli import app
+from ksr_distill.cli import study as cli_study
+from ksr_distill.study.build import StudyPlan
+from ksr_distill.study.planning import Assumptions
+from ksr_distill.study.store import Store
 from tests.study.studies import write_basket, write_picture
 
 
@@ -36,6 +41,15 @@ def test_build_says_what_can_be_decided_and_ends_with_the_path(folders):
     assert "3 pairs in 1 categories, 3 vote(s) per pair" in lines[0]
     assert any("no number of votes decides it" in line for line in lines)
     assert lines[-1] == str(folders / "study")
+
+
+def test_the_options_have_the_defaults_of_the_plan(folders):
+    build(folders, "--label-a", "A", "--label-b", "B")
+    stored = {key: str(value) for key, value in StudyPlan()._asdict().items()}
+    assert stored.items() <= Store(folders / "study").settings.items()
+    defaults = inspect.signature(cli_study.build).parameters
+    assert defaults["difference"].default == 100 * Assumptions().difference
+    assert defaults["agreement"].default == Assumptions().agreement
 
 
 @pytest.mark.parametrize(
