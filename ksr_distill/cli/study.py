@@ -1,4 +1,4 @@
-"""``ksr study``: ask people which of two pictures is better."""
+"""``ksr study``: side-by-side studies with human raters."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,25 +13,25 @@ from ksr_distill.cli.errors import one_line_errors
 study = typer.Typer(no_args_is_help=True, help="Ask people which of two pictures is better.")
 
 Basket = Annotated[Path, typer.Option(help="CSV file with the columns id, prompt, category.")]
-StudyFolder = Annotated[Path, typer.Argument(help="What ksr study build made.")]
+StudyFolder = Annotated[Path, typer.Argument(help="A study that ksr study build made.")]
 
 
 class View(StrEnum):
-    """What a pair looks like at first."""
+    """How a pair is shown at first."""
 
     FULL = "full"
     FIT = "fit"
 
 
 class Format(StrEnum):
-    """How the study keeps its pictures."""
+    """File format of the study's pictures."""
 
     JPEG = "jpeg"
     PNG = "png"
 
 
 class Precision(StrEnum):
-    """The model's numbers."""
+    """The model's floating-point type."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
 
 @contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show a bar with the time left on stderr; yield what moves it by one."""
+    """Show a bar with the time left on stderr; yield the function that advances it by one."""
     from ksr_distill.cli.progress import counting_bar
 
     with counting_bar(title, total) as move:
@@ -55,28 +55,28 @@ def _progress(title: str, total: int) -> Iterator[Callable[[], None]]:
 @study.command()
 @one_line_errors
 def build(
-    a: Annotated[Path, typer.Argument(help="Folder with one picture ID.png for each id: before.")],
-    b: Annotated[Path, typer.Argument(help="The same ids: after.")],
+    a: Annotated[Path, typer.Argument(help="Side A: a folder with a picture ID.png for each id.")],
+    b: Annotated[Path, typer.Argument(help="Side B: the same ids.")],
     prompts: Basket,
     out: Annotated[Path, typer.Option("-o", "--out", help="The study's folder; must not exist.")],
-    label_a: Annotated[str, typer.Option(help="Name in the report; else the folder's.")] = "",
-    label_b: Annotated[str, typer.Option(help="Name in the report; else the folder's.")] = "",
-    question: Annotated[str, typer.Option(help="What raters are asked.")] = (
+    label_a: Annotated[str, typer.Option(help="A's name in the report; else the folder's.")] = "",
+    label_b: Annotated[str, typer.Option(help="B's name in the report; else the folder's.")] = "",
+    question: Annotated[str, typer.Option(help="The question that raters read.")] = (
         "Which picture has the better visual quality?"
     ),
     votes_per_pair: Annotated[int, typer.Option(help="Raters for each pair.")] = 3,
-    votes_per_rater: Annotated[int, typer.Option(help="Most votes of one rater; 0: no limit.")] = 0,
-    difference: Annotated[float, typer.Option(help="Difference to be decided, in points.")] = 13.0,
+    votes_per_rater: Annotated[int, typer.Option(help="Limit for one rater; 0: none.")] = 0,
+    difference: Annotated[float, typer.Option(help="Difference to detect, in points.")] = 13.0,
     agreement: Annotated[float, typer.Option(help="Expected correlation of two raters.")] = 0.3,
-    view: Annotated[View, typer.Option(help="True size, or the whole picture.")] = View.FULL,
+    view: Annotated[View, typer.Option(help="At first: true size, or whole picture.")] = View.FULL,
     picture_format: Annotated[
-        Format, typer.Option(help="png is lossless, 2× larger.")
+        Format, typer.Option(help="png is lossless and twice as large.")
     ] = Format.JPEG,
-    show_prompts: Annotated[bool, typer.Option(help="Whether raters read the prompt.")] = True,
+    show_prompts: Annotated[bool, typer.Option(help="Show the prompt to raters.")] = True,
     checks: Annotated[int, typer.Option(help="Attention checks of each kind.")] = 10,
-    check_every: Annotated[int, typer.Option(help="Pairs for each attention check.")] = 20,
-    lease_minutes: Annotated[float, typer.Option(help="How long a pair waits for a rater.")] = 10.0,
-    seed: Annotated[int, typer.Option(help="Decides the order and the checks.")] = 0,
+    check_every: Annotated[int, typer.Option(help="Pairs per attention check.")] = 20,
+    lease_minutes: Annotated[float, typer.Option(help="How long a pair is reserved.")] = 10.0,
+    seed: Annotated[int, typer.Option(help="Seed of order and checks.")] = 0,
 ) -> None:
     """Check two folders of pictures and make a study of them."""
     from ksr_distill.study.basket import read_basket
@@ -112,11 +112,11 @@ def build(
 @one_line_errors
 def serve(
     folder: StudyFolder,
-    host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="0.0.0.0: reachable from elsewhere.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    address: Annotated[str, typer.Option(help="How raters reach it, e.g. https://study.org")] = "",
+    address: Annotated[str, typer.Option(help="For raters, e.g. https://study.org")] = "",
 ) -> None:
-    """Show the study to raters until Ctrl-C; run it again and it goes on."""
+    """Serve the study to raters until Ctrl-C; run it again to continue."""
     import uvicorn
 
     from ksr_distill.study.server import make_app
@@ -132,10 +132,10 @@ def serve(
 @one_line_errors
 def report(
     folder: StudyFolder,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Else STUDY/report.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the bootstrap's draws.")] = 0,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Default: STUDY/report.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
 ) -> None:
-    """Write what the votes say, and what they cannot: HTML, JSON, CSV, Label Studio."""
+    """Write what the votes decide and what they leave open: HTML, JSON, CSV, Label Studio."""
     from ksr_distill.study.report import write_report
 
     out = out or folder / "report"
@@ -150,7 +150,7 @@ def generate(
     prompts: Basket,
     model: Annotated[Path, typer.Option(help="diffusers text-to-image folder.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for ID.png.")],
-    seed: Annotated[int, typer.Option(help="With the id, decides a picture's noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise, with the id.")] = 0,
     num_inference_steps: Annotated[int, typer.Option(min=0, help="0: the pipeline's own.")] = 0,
     guidance_scale: Annotated[float, typer.Option(help="Negative: the pipeline's own.")] = -1.0,
     size: Annotated[int, typer.Option(min=0, help="Side in pixels; 0: the pipeline's own.")] = 0,
@@ -158,7 +158,7 @@ def generate(
     precision: Annotated[Precision, typer.Option()] = Precision.FLOAT32,
     trust_remote_code: Annotated[bool, typer.Option(help="Run the folder's own Python.")] = False,
 ) -> None:
-    """Make the pictures "before" from the prompts; run it again and it goes on."""
+    """Generate pictures for side A from the prompts; run it again to continue."""
     import torch
 
     from ksr_distill.study.basket import read_basket

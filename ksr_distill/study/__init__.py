@@ -1,5 +1,4 @@
-"""The side-by-side study: build it, serve it to people, report what they said.
+"""The side-by-side study: build it, serve it to raters, report their votes.
 
-Nothing here imports torch (``generate`` does, when it runs): the server starts in a second on any
-machine.
+Only ``generate`` imports torch, so that the server starts in a second.
 """

@@ -20,14 +20,14 @@ from ksr_distill.study.tokens import write_secret
 
 
 class StudyPlan(NamedTuple):
-    """How a study is run; stored in it.
+    """A study's settings, which are stored in it.
 
     Attributes:
         votes_per_pair: Raters that judge each pair.
-        votes_per_rater: Pairs and checks one rater is given; 0 for as many as there are.
+        votes_per_rater: Pairs and checks that one rater is given at most; 0 for no limit.
         check_every: Pairs between two attention checks.
         num_checks: Checks built of each kind, identical and blurred.
-        lease_seconds: How long a pair waits for the rater who was given it.
+        lease_seconds: How long a pair stays reserved for the rater to whom it was given.
         first_view: One picture pixel per screen pixel, or the whole picture.
     """
 
@@ -45,7 +45,7 @@ class StudyPlan(NamedTuple):
     seed: int = 0
 
     def check(self) -> None:
-        """Raise ValueError for a number that cannot be."""
+        """Raise ValueError for a number out of range, or for equal labels."""
         least = {
             "votes_per_pair": 1,
             "votes_per_rater": 0,
@@ -76,8 +76,8 @@ def build_study(
         on_picture: Called after each pair, for a progress bar.
 
     Raises:
-        ValueError: The folders and the basket do not fit, a picture cannot be shown, or the study
-            exists. Nothing is left behind.
+        ValueError: The folders do not match the basket, a picture cannot be shown, or the study
+            exists. No partial study remains.
     """
     plan.check()
     if out.exists():
@@ -115,7 +115,7 @@ def num_jobs(prompts: list[Prompt], plan: StudyPlan) -> int:
 
 
 def _jobs(prompts: list[Prompt], plan: StudyPlan) -> Iterator[_Job]:
-    """Number pairs and checks in one shuffle, so that a number tells nothing about its kind."""
+    """Number pairs and checks in one shuffle, so that a number does not reveal its kind."""
     rng = rng_for(plan.seed, 0)
     numbers = iter((rng.permutation(num_jobs(prompts, plan)) + 1).tolist())
     for prompt in prompts:

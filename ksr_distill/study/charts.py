@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter
 from ksr_distill.study.findings import Category
 from ksr_distill.study.statistics import BOTH, NEITHER, A, B, Summary
 
-# Left to right; told apart by colour-blind readers and in grey print.
+# Left to right; distinguishable for colour-blind readers and in greyscale.
 ORDER = (B, BOTH, NEITHER, A)
 COLOURS = {A: "#f4a259", B: "#2a78b5", BOTH: "#b9d7ea", NEITHER: "#e3e3e3"}
 INK = {A: "#222222", B: "#ffffff", BOTH: "#222222", NEITHER: "#222222"}
@@ -60,12 +60,12 @@ def _bars(axes: Axes, summaries: list[Summary], *, numbers: str) -> None:
     for outcome in ORDER:
         widths = [100 * summary.shares[outcome].estimate for summary in summaries]
         bars = axes.barh(rows, widths, left=start, height=0.72, color=COLOURS[outcome], linewidth=0)
-        # A number wider than its piece would run into the next.
+        # A number wider than its segment would overlap the next one.
         labels = [numbers % width if width >= 6 else "" for width in widths]
         axes.bar_label(bars, labels, label_type="center", color=INK[outcome], fontsize=9)
         start = [left + width for left, width in zip(start, widths, strict=True)]
     for row, summary in enumerate(summaries):
-        # The outer pieces begin at the frame, so their intervals can be read on the axis.
+        # The outer segments begin at the edges, so their intervals can be read on the axis.
         _whisker(axes, row, 100 * summary.shares[B].low, 100 * summary.shares[B].high)
         _whisker(axes, row, 100 - 100 * summary.shares[A].high, 100 - 100 * summary.shares[A].low)
     axes.set_xlim(0, 100)
@@ -75,7 +75,7 @@ def _bars(axes: Axes, summaries: list[Summary], *, numbers: str) -> None:
 
 def _whisker(axes: Axes, row: int, low: float, high: float) -> None:
     low, high = max(low, 0.0), min(high, 100.0)
-    below = row + 0.26  # out of the numbers' way
+    below = row + 0.26  # below the numbers
     axes.plot([low, high], [below, below], color="#222222", linewidth=1.1, clip_on=False)
     for end in (low, high):
         axes.plot(
@@ -118,7 +118,7 @@ def _legend(figure: Figure, label_a: str, label_b: str) -> None:
 
 
 def _svg(figure: Figure, salt: str) -> str:
-    """Return the figure as an svg element; the salt keeps two charts' ids apart on one page."""
+    """Return the figure as an svg element; the salt makes its ids unique on the page."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", metadata=NO_METADATA)

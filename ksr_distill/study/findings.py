@@ -25,7 +25,7 @@ from ksr_distill.study.statistics import (
 )
 from ksr_distill.study.tally import Tally, Vote, count_votes, passed_check
 
-# With fewer votes no habit of a rater is flagged.
+# With fewer votes a rater's habits are not flagged.
 MIN_VOTES_FOR_HABIT = 20
 ONE_ANSWER_SHARE = 0.95
 FAST_SECONDS = 1.0
@@ -51,7 +51,7 @@ class RaterCheck(NamedTuple):
     Attributes:
         left: Votes for the left side, out of ``sided``; sides were drawn at random.
         side_p_value: Of no side bias, Holm-corrected over raters.
-        flags: Why to look at this rater twice; empty for nearly everyone.
+        flags: Reasons to check this rater; empty for nearly everyone.
     """
 
     name: str

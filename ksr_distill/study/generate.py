@@ -21,7 +21,7 @@ RECIPE_KEY = "ksr_study_recipe"
 
 
 class Recipe(NamedTuple):
-    """What decides a picture beside its prompt; written into each picture.
+    """What determines a picture, apart from its prompt; written into each picture.
 
     Attributes:
         model: The model folder's name.
@@ -75,7 +75,7 @@ def load_text_to_image(
 
 
 def picture_generator(seed: int, prompt_id: str) -> torch.Generator:
-    """Return the generator of one id: the same whatever was made before, on whatever device."""
+    """Return the generator for one id, which depends neither on other pictures nor on a device."""
     number = int.from_bytes(hashlib.sha256(prompt_id.encode()).digest()[:8])
     return generator_for(seed, Stream.STUDY, number)
 
@@ -90,7 +90,7 @@ def generate_pictures(
 ) -> int:
     """Write ID.png for every prompt that has none yet, and return how many were made.
 
-    A picture appears under its name only when it is whole, so a killed run leaves nothing to mend.
+    Each picture is written atomically, so a killed run leaves no damaged ones.
 
     Raises:
         ValueError: A picture is there already, but made from another prompt, seed or model.

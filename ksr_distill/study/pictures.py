@@ -1,4 +1,4 @@
-"""Pictures of a study: find them by id, read them alike, show both of a pair at one size."""
+"""Finds a study's pictures by id, reads them as sRGB, brings both of a pair to one size."""
 
 import io
 from pathlib import Path
@@ -118,7 +118,7 @@ def _enlarged(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def blur_heavily(picture: Image.Image) -> Image.Image:
-    """Return the picture so blurred that nobody who looks prefers it."""
+    """Return the picture blurred so strongly that no attentive rater prefers it."""
     return picture.filter(ImageFilter.GaussianBlur(max(2.0, max(picture.size) / 50)))
 
 

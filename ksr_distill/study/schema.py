@@ -1,4 +1,4 @@
-"""The tables of a study, and how a new one is written."""
+"""The tables of a study's database, and its creation."""
 
 import sqlite3
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""The study's web page: blind, and nothing a browser sends is believed unchecked."""
+"""The study's web server: raters stay blind, and everything a browser sends is validated."""
 
 import json
 import re
@@ -22,15 +22,15 @@ from ksr_distill.study.store import Assigned, RefusedError, Store
 from ksr_distill.study.tokens import is_invitation, rater_of_token, rater_token, read_secret
 
 COOKIE = "ksr_study"
-AHEAD = 3  # the pair on screen and two that load behind it
+AHEAD = 3  # the pair on screen and two that are preloaded
 MAX_BODY_BYTES = 4096
 MAX_MILLISECONDS = 24 * 3600 * 1000
 VOTE_ID = re.compile(r"[0-9a-f-]{32,40}")
 NAME = re.compile(r"\w[\w .-]{0,39}")
 MEDIA_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
 
-# No inline script or style, nothing from elsewhere: HTML in a prompt stays text even if a template
-# forgot to escape it.
+# No inline script or style and no other origins: HTML in a prompt would not run even if a template
+# did not escape it.
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'self'; "
@@ -42,12 +42,12 @@ HEADERS = {
 
 
 class SafeHeaders(BaseHTTPMiddleware):
-    """Send the safety headers with every answer."""
+    """Adds the security headers to every response."""
 
     async def dispatch(
         self, request: Request, call_next: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        """Return the answer with the headers it does not set itself."""
+        """Return the response with those headers that it does not set itself."""
         response = await call_next(request)
         for name, value in HEADERS.items():
             response.headers.setdefault(name, value)
@@ -116,7 +116,7 @@ class StudyPages:
         return response
 
     def page(self, request: Request) -> Response:
-        """Return the voting page, or a friendly closed door."""
+        """Return the voting page, or one that asks for an invitation."""
         try:
             rater = self._rater(request)
         except RefusedError as refused:
@@ -136,7 +136,7 @@ class StudyPages:
         return self._render("join.html", message="")
 
     async def join(self, request: Request) -> Response:
-        """Make a rater of a name and show them the study."""
+        """Register a rater by name and redirect to the study."""
         self._check_invitation(request)
         form = parse_qs((await _read_body(request)).decode(errors="replace"))
         name = " ".join(form.get("name", [""])[0].split())
@@ -161,7 +161,7 @@ class StudyPages:
         return self._state(self._rater(request))
 
     async def vote(self, request: Request) -> Response:
-        """Store one vote, once, however often it is sent."""
+        """Store one vote; a repeated request changes nothing."""
         rater = await run_in_threadpool(self._rater, request)
         body = await _read_json(request)
         vote_id, pair, choice = _vote_id(body), body.get("pair"), body.get("choice")
@@ -176,19 +176,19 @@ class StudyPages:
         return await run_in_threadpool(self._state, rater)
 
     async def undo(self, request: Request) -> Response:
-        """Take one vote back."""
+        """Undo one vote."""
         rater = await run_in_threadpool(self._rater, request)
         vote_id = _vote_id(await _read_json(request))
         await run_in_threadpool(self.store.undo, rater, vote_id)
         return await run_in_threadpool(self._state, rater)
 
     def picture(self, request: Request) -> Response:
-        """Return a picture under a name that does not tell which side it is from."""
+        """Return a picture; its address does not reveal which folder it is from."""
         side = request.path_params["side"]
         if side not in ("left", "right"):
             raise RefusedError(404, "sides are left and right")
         path = self.store.picture(self._rater(request), request.path_params["pair"], side)
-        # The bytes alone: a file's date or tag could tell the two folders apart.
+        # The bytes alone: a file's date or ETag could reveal the folder.
         return Response(
             path.read_bytes(),
             media_type=MEDIA_TYPES[path.suffix],
@@ -225,7 +225,7 @@ async def _read_body(request: Request) -> bytes:
 
 
 async def _read_json(request: Request) -> dict[str, Any]:
-    # A page of another site cannot send this type without asking first.
+    # Another site's page would need a CORS preflight to send this type, and none is allowed.
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         raise RefusedError(415, "send application/json")
     try:

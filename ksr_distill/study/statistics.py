@@ -1,4 +1,4 @@
-"""The statistics of votes: all resample prompts, because votes on one pair are not independent.
+"""Statistics of the votes; all resample prompts, because votes on one pair are not independent.
 
 A table of counts has one row for each prompt and the columns of ``OUTCOMES``.
 """
@@ -27,7 +27,7 @@ class Interval(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What one group of prompts says.
+    """The results of one group of prompts.
 
     Attributes:
         shares: One interval for each of ``OUTCOMES``.
@@ -45,7 +45,7 @@ class Summary(NamedTuple):
 
 
 def rng_for(*entropy: int) -> np.random.Generator:
-    """Return numpy's generator for these integers alone (the torch one is randomness.py)."""
+    """Return a NumPy generator seeded with these integers (randomness.py has torch's)."""
     return np.random.default_rng(list(entropy))
 
 
@@ -81,7 +81,7 @@ def summarise(counts: Counts, rng: np.random.Generator) -> Summary:
 def bootstrap_shares(
     counts: Counts, rng: np.random.Generator, num_replicates: int = NUM_REPLICATES
 ) -> Float[np.ndarray, "replicates 5"]:
-    """Return shares of the outcomes, and B minus A, in prompts drawn again with replacement."""
+    """Return shares of the outcomes, and B minus A, in prompts resampled with replacement."""
     # Prompts with equal counts are interchangeable: draw how many of each kind, not which.
     kinds, sizes = np.unique(counts, axis=0, return_counts=True)
     replicates = np.empty((num_replicates, 5))
@@ -123,7 +123,7 @@ def _open_degenerate(
     high: Float[np.ndarray, " k"],
     num_prompts: int,
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """Give intervals of no width, where every prompt says the same, the exact binomial bound."""
+    """Widen intervals of zero width, where all prompts agree, to the exact binomial bound."""
     unseen = 1 - (LEVEL / 2) ** (1 / num_prompts)  # Clopper and Pearson for 0 of num_prompts
     flat = low == high
     low, high = np.where(flat, estimates - unseen, low), np.where(flat, estimates + unseen, high)

@@ -1,8 +1,8 @@
-"""The study's database: who was given which pair, on which side, and what they said.
+"""The study's database: raters, the pairs and sides assigned to them, and their votes.
 
-One SQLite file in WAL mode, written through with every commit, so that neither a killed server nor
-a power cut loses an acknowledged vote. Sides are stored as the rater saw them; the report maps
-them to A and B.
+One SQLite file in WAL mode, flushed to disk at every commit, so that neither a killed server nor a
+power cut loses an acknowledged vote. Sides are stored as the rater saw them; the report maps them
+to A and B.
 """
 
 import secrets
@@ -19,9 +19,9 @@ from ksr_distill.study.schema import DATABASE_NAME, FORMAT, Pair
 
 Side = Literal["left", "right"]
 
-# Pairs that still lack votes, counting the live leases of others; fewest first, then a shuffle of
-# the rater's own (pair ids are shuffled too, by build): squares of the salt's multiples modulo a
-# prime. The multiples alone know a few dozen orders, so that two raters had the same now and then.
+# Pairs that still need votes, where other raters' unexpired leases count as votes; fewest first,
+# then in an order of the rater's own: squares of the salt's multiples modulo a prime. The multiples
+# alone give a few dozen orders, so that two raters sometimes shared one.
 OPEN_PAIRS = """
 SELECT id FROM (
     SELECT pair.id AS id,
@@ -50,10 +50,10 @@ class Assigned(NamedTuple):
 
 
 class RefusedError(ValueError):
-    """A request the study does not take; nothing was stored.
+    """A request that is refused; nothing was stored.
 
     Attributes:
-        status: The HTTP status that says so.
+        status: The HTTP status of the response.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -108,7 +108,7 @@ class Store:
             self._connection.execute("COMMIT")
 
     def rows(self, query: str, *values: object) -> list[tuple]:
-        """Return all rows of a reading query."""
+        """Return all rows of a SELECT query."""
         with self._lock:
             return self._connection.execute(query, values).fetchall()
 
@@ -139,8 +139,7 @@ class Store:
     def queue(self, rater: str, ahead: int) -> list[Assigned]:
         """Return the rater's next pairs, at most ``ahead``, and renew their leases.
 
-        What was shown and not answered comes first, with the same sides, however often the page
-        is loaded again.
+        Unanswered pairs come first, with the same sides after every reload.
         """
         with self._transaction() as connection:
             ahead = min(ahead, self._room(connection, rater))
@@ -205,7 +204,7 @@ class Store:
         return pair
 
     def _check_due(self, connection: sqlite3.Connection, rater: str, given: int) -> int | None:
-        """Return an attention check if this is the one place for it in this stretch of pairs."""
+        """Return an attention check if one is due: once per stretch, at a pseudo-random place."""
         stretch = int(self.settings["check_every"]) + 1
         (salt,) = connection.execute("SELECT salt FROM rater WHERE id = ?", (rater,)).fetchone()
         # Knuth's multiplicative hash: the golden ratio's 32 bits (TAOCP vol. 3, §6.4).
@@ -221,10 +220,10 @@ class Store:
         return row[0] if row else None
 
     def _side(self, connection: sqlite3.Connection, rater: str, pair: int) -> str:
-        """Return which picture goes left: a coin, kept within two of balance for the rater.
+        """Return which picture goes left: at random, the rater's imbalance being at most two.
 
-        Soares and Wu's big stick (1983); where the rater leaves the choice free, the sides of the
-        pair are balanced over raters.
+        Soares and Wu's big stick design (1983); within that limit, the sides of the pair are
+        balanced over raters.
         """
         tilt = "SELECT COALESCE(SUM(CASE left WHEN 'a' THEN 1 ELSE -1 END), 0) FROM assignment "
         (of_rater,) = connection.execute(tilt + "WHERE rater = ?", (rater,)).fetchone()
@@ -246,10 +245,10 @@ class Store:
         return Assigned(Pair(*row[:-1]), row[-1])
 
     def vote(self, rater: str, vote_id: str, pair: int, choice: str, milliseconds: int) -> str:
-        """Store the vote and return "stored", or "undone" if it was taken back before.
+        """Store the vote and return "stored", or "undone" if it was undone before.
 
-        The same vote sent again changes nothing. A vote whose lease has expired is kept: a person
-        has looked at that pair.
+        A repeated request changes nothing. A vote whose lease has expired is kept: it is a
+        person's judgement all the same.
 
         Raises:
             RefusedError: The pair was not given to the rater, or has another vote of theirs.
@@ -275,10 +274,10 @@ class Store:
         return "stored"
 
     def undo(self, rater: str, vote_id: str) -> None:
-        """Take the vote back and put its pair in front of the rater's queue.
+        """Undo the vote and put its pair at the front of the rater's queue.
 
         Raises:
-            RefusedError: It is no vote of this rater.
+            RefusedError: The rater has no such vote.
         """
         with self._transaction() as connection:
             key = (vote_id, rater)
@@ -309,7 +308,7 @@ class Store:
             return (row[0], self._assigned(connection, rater, row[1])) if row else None
 
     def progress(self, rater: str) -> dict[str, int]:
-        """Return how many votes this rater gave, and how far the whole study is."""
+        """Return the numbers of votes given and wanted, by this rater and in the whole study."""
         ((mine, given, wanted),) = self.rows(
             "SELECT (SELECT COUNT(*) FROM vote WHERE rater = ?), (SELECT COUNT(*) FROM vote JOIN "
             "pair ON pair.id = vote.pair WHERE kind = 'pair'), "

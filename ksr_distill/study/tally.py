@@ -1,4 +1,4 @@
-"""Read a study's votes back: mapped from sides to A and B, as tables for the statistics."""
+"""Reads a study's votes, maps sides to A and B, and counts them for the statistics."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +12,10 @@ from ksr_distill.study.store import Store
 
 
 class Vote(NamedTuple):
-    """One vote, with what the rater saw and what it means.
+    """One vote, by side and by picture.
 
     Attributes:
-        rater: Id; ``name`` is what the rater calls themselves.
+        rater: Id; ``name`` is the one that the rater chose.
         left: Which picture was on the left, "a" or "b".
         choice: By side: left, right, both, neither.
         outcome: By picture: a, b, both, neither.
@@ -67,7 +67,7 @@ def read_tally(folder: Path) -> Tally:
 
 
 def outcome_of(left: str, choice: str) -> str:
-    """Return what the choice of a side means, given which picture was on the left."""
+    """Return the picture that a choice of a side stands for, given which one was on the left."""
     if choice not in ("left", "right"):
         return choice
     return "a" if (choice == "left") == (left == "a") else "b"
@@ -84,5 +84,5 @@ def count_votes(pairs: list[Pair], votes: list[Vote]) -> Counts:
 
 
 def passed_check(vote: Vote) -> bool:
-    """Return whether an attention check was answered as anyone who looks does."""
+    """Return whether an attention check was answered as expected."""
     return vote.choice in expected_choice(vote.kind, vote.left)

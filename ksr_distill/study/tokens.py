@@ -1,4 +1,4 @@
-"""Signed tokens: a rater id counts only with the study's own signature."""
+"""Signed tokens: a rater id is accepted only with the study's own signature."""
 
 import hashlib
 import hmac
@@ -37,12 +37,12 @@ def _signature(secret: bytes, purpose: str, value: str) -> str:
 
 
 def rater_token(secret: bytes, rater: str) -> str:
-    """Return the token that proves to be this rater."""
+    """Return the token that authenticates this rater."""
     return f"{rater}.{_signature(secret, 'rater', rater)}"
 
 
 def rater_of_token(secret: bytes, token: str) -> str | None:
-    """Return the rater the token proves, or None if the signature is not the study's."""
+    """Return the rater whom the token authenticates, or None if its signature is wrong."""
     rater, _, signature = token.partition(".")
     expected = _signature(secret, "rater", rater)
     return rater if hmac.compare_digest(signature.encode(), expected.encode()) else None
