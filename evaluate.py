@@ -1,6 +1,6 @@
 """Compare models and baselines: `python evaluate.py model=FOLDER benchmark=FOLDER …`.
 
-Writes metrics.json, per_image.csv and report.html; conf/evaluation/evaluate.yaml has every key.
+Writes metrics.json, per_image.csv and report.html; conf/evaluation/evaluate.yaml lists the keys.
 """
 
 import sys

@@ -37,7 +37,8 @@ class BenchmarkSettings:
         border_px: Cropped before PSNR, SSIM and MS-SSIM.
         seed: Of every draw: noise, degradation, patches, resamples.
         crop_px: Side of the native-resolution crops of KID and FID.
-        degradation: Makes the lowres of photos, or explains a lowres without an original.
+        degradation: Makes the lowres of photos; without an original, it is applied to the output,
+            which is compared with the given lowres.
     """
 
     scale: int
@@ -57,7 +58,7 @@ def measuring_device(device: torch.device) -> torch.device:
 
 @dataclass(frozen=True)
 class Row:
-    """One output: which image, by which model, its numbers and its files."""
+    """One output: its image and model, its metrics and its files."""
 
     image: str
     model: str
@@ -72,7 +73,7 @@ class Benchmark:
 
     Attributes:
         folder: Pictures lie in `folder/pictures/IMAGE/MODEL.png`.
-        of_sets: Per model, metrics that only a whole set has: KID and FID, or why not.
+        of_sets: By model, metrics of the whole set, KID and FID, or why they were skipped.
     """
 
     folder: Path
@@ -84,7 +85,7 @@ class Benchmark:
     settings: BenchmarkSettings
 
     def picture(self, image: str, model: str) -> Path:
-        """Return where an output (or `original`, `lowres`) is."""
+        """Return the path of an output (or of `original`, `lowres`)."""
         return self.folder / "pictures" / image / f"{model}.png"
 
 

@@ -130,7 +130,7 @@ def read_image(path: Path) -> Float[Tensor, "1 3 H W"]:
 
 
 def write_image(image: Float[Tensor, "1 3 H W"], path: Path) -> None:
-    """Write [-1, 1] as an 8-bit file; the name's ending says which."""
+    """Write [-1, 1] as an 8-bit file in the format of the path's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     as_picture(image).save(path)
 

@@ -92,7 +92,7 @@ def _from_entry(entry: str | Mapping[str, Any], to_folder: ToFolder) -> ModelSpe
 
 
 def check_names(config: EvaluationConfig, names: Sequence[str]) -> None:
-    """Refuse a comparison with a model that is not there, before anything runs.
+    """Refuse a comparison with an unknown model, before anything runs.
 
     Raises:
         ValueError: By the config's key.

@@ -1,4 +1,4 @@
-"""What each number is called, how it reads, and which way is better."""
+"""The metrics: title, unit, direction and meaning of each."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,8 +12,8 @@ class Metric:
 
     Attributes:
         key: In metrics.json and per_image.csv.
-        better: `one` is best nearest to 1; `neither` marks no best.
-        meaning: One sentence for a reader who has never seen it.
+        better: `one` is best nearest to 1; with `neither` no model is marked as best.
+        meaning: One sentence for readers who do not know the metric.
     """
 
     key: str
@@ -31,13 +31,13 @@ class Metric:
 
     @property
     def arrow(self) -> str:
-        """Which way is better, as one sign."""
+        """Which direction is better, as a symbol."""
         return {"higher": "↑", "lower": "↓", "one": "→ 1", "neither": ""}[self.better]
 
 
 METRICS = (
     Metric("psnr_y", "PSNR-Y", "dB", "higher", 2,
-           "Pixel fidelity of the Y channel (BT.601); blur is cheap here, real detail is not."),
+           "Pixel fidelity of the Y channel (BT.601); favours blur over misplaced detail."),
     Metric("ssim_y", "SSIM-Y", "", "higher", 4,
            "Structural similarity of the Y channel (Wang et al. 2004)."),
     Metric("ms_ssim_y", "MS-SSIM-Y", "", "higher", 4,
@@ -48,12 +48,12 @@ METRICS = (
            "Sliced Wasserstein distance of 7×7 patches over four levels of a Laplacian pyramid "
            "(after arXiv:1710.10196): is the texture distributed as in the original?"),
     Metric("top_octave_power_ratio", "Top octave", "×", "one", 3,
-           "Power in the finest octave over the original's: below 1 blur, above 1 invention."),
+           "Power in the finest octave over the original's: below 1 blur, above 1 false detail."),
     Metric("lowres_consistency_psnr", "Lowres consistency", "dB", "higher", 2,
-           "PSNR (RGB) after shrinking by area: does the output still mean its input?"),
+           "PSNR (RGB) after shrinking by area: is the output consistent with its input?"),
     Metric("checkerboard_peak", "Checkerboard", "×", "lower", 2,
-           "The largest spectral peak at periods of 2, 4 and 8 px over the original's; 1 is none, "
-           "2 is twice its neighbours."),
+           "The largest spectral peak at periods of 2, 4 and 8 px over the original's: 1 is none, "
+           "2 twice the neighbouring frequencies."),
     Metric("colour_mean_drift", "Colour drift", "levels", "lower", 2,
            "Largest change of a channel's mean, in levels of 255."),
     Metric("colour_std_drift", "Contrast drift", "levels", "lower", 2,

@@ -1,4 +1,4 @@
-"""Runs evaluate.py's composed config: candidates, benchmark, report."""
+"""Runs the benchmark that evaluate.py's composed config describes, and writes the report."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -150,7 +150,7 @@ def _judged(
 def _facts(
     config: EvaluationConfig, settings: BenchmarkSettings, specs: list[ModelSpec]
 ) -> dict[str, str]:
-    """Return how it was measured, in words."""
+    """Return how the benchmark was measured, for the report."""
     has_originals = config.benchmark is not None
     return {
         "Images": str(config.benchmark or config.lowres),

@@ -13,14 +13,14 @@ PROC = Path("/proc/self")
 
 
 class Cost(NamedTuple):
-    """Of one call. Memory is None where the system does not tell (anything but CUDA and Linux)."""
+    """Cost of one call. Memory is None where it cannot be measured: off CUDA and off Linux."""
 
     seconds: float
     peak_memory_mib: float | None
 
 
 def measure_cost(call: Callable[[], Result], *, device: torch.device) -> tuple[Result, Cost]:
-    """Return the call's result and what it cost.
+    """Return the call's result and its cost.
 
     On CUDA the peak is the allocator's, on Linux the process's resident memory.
     """
@@ -37,7 +37,7 @@ def measure_cost(call: Callable[[], Result], *, device: torch.device) -> tuple[R
 
 
 def _start_peak(device: torch.device) -> float | None:
-    """Return the memory in use now, and let the peak begin from it."""
+    """Reset the peak and return the memory in use."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

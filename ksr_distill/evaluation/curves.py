@@ -1,4 +1,4 @@
-"""What a run logged, read back from its metrics.csv."""
+"""Reads a run's metrics.csv."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Distances between the distributions of patches or crops, rather than between pixels."""
+"""Distances between distributions of patches or crops: sliced Wasserstein, KID and FID."""
 
 import warnings
 from typing import NamedTuple
@@ -18,7 +18,7 @@ MIN_SIDE_PX = PATCH_PX * 2 ** (NUM_PYRAMID_LEVELS - 1)
 def laplacian_pyramid(
     images: Float[Tensor, "b c H W"], *, num_levels: int
 ) -> list[Float[Tensor, "b c _h _w"]]:
-    """Return the bands from fine to coarse; the last is the low-pass rest (Burt, Adelson 1983)."""
+    """Return bands from fine to coarse, the last the low-pass residual (Burt and Adelson 1983)."""
     bands = []
     for _ in range(num_levels - 1):
         smaller = _binomial_blur(images)[..., ::2, ::2]
@@ -42,11 +42,11 @@ def sliced_wasserstein(
     Patches of 7x7x3 values of a Laplacian pyramid, projected to random directions, compared by the
     1-Wasserstein distance (arXiv:1710.10196, §5). Two deviations, both because here an image has an
     original: both sides are divided by the *original's* standard deviation per level and channel
-    (the paper normalises each by its own, and so does not see that detail is too weak), and both
-    take the same places, so equal images are 0 apart. A common mean cancels and stays.
+    (the paper normalises each by its own, which hides that detail is too weak), and patches are
+    taken at the same positions, so that equal images have distance 0. The mean is not subtracted.
 
     Args:
-        generator: Draws places and directions on the CPU. Give each model the same.
+        generator: Draws positions and directions on the CPU. Give each model the same.
 
     Raises:
         ValueError: If a side is shorter than `MIN_SIDE_PX`.
@@ -75,7 +75,7 @@ def sliced_wasserstein(
 
 
 class FeatureDistances(NamedTuple):
-    """KID and FID, or the sentence that says why not."""
+    """KID and FID, or why they were skipped."""
 
     kid: float | str
     fid: float | str
@@ -91,8 +91,8 @@ def feature_distances(
 ) -> FeatureDistances:
     """Return KID (arXiv:1801.01401) and FID (arXiv:1706.08500) between two sets of crops.
 
-    The crops enter at their native resolution: the usual resizing to 299 px hides what an upscaler
-    does. So the numbers compare models within one report, not with published ones.
+    The crops enter at their native resolution: the usual resizing to 299 px hides the detail that
+    an upscaler adds. So compare models within one report, not with published numbers.
 
     Args:
         network: From images in [-1, 1] to one vector each; its `num_features` is their length.
@@ -125,7 +125,7 @@ def feature_distances(
 def native_crops(
     images: Float[Tensor, "1 3 H W"], *, crop_px: int
 ) -> Float[Tensor, "n 3 crop_px crop_px"]:
-    """Return the crops of a grid from the top left corner; a rest at the edges is left out."""
+    """Return the crops of a grid from the top left corner, without a remainder at the edges."""
     crops = images.unfold(2, crop_px, crop_px).unfold(3, crop_px, crop_px)
     return crops.permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, crop_px, crop_px)
 
@@ -138,7 +138,7 @@ def _binomial_blur(images: Float[Tensor, "b c H W"]) -> Float[Tensor, "b c H W"]
 
 
 def _patches(level: Tensor, places: Tensor) -> Float[Tensor, "values patches"]:
-    """Return the patches at the places (row-major indices of their top left corners)."""
+    """Return the patches at the positions (row-major indices of their top left corners)."""
     windows = level[0].unfold(1, PATCH_PX, 1).unfold(2, PATCH_PX, 1)
     columns = windows.shape[2]
     chosen = windows[:, places // columns, places % columns]

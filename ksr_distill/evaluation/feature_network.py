@@ -64,15 +64,15 @@ class FeatureNetwork(nn.Module):
         return levels
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c"]:
-        """Return one vector per image: the last level, averaged over places."""
+        """Return one vector per image: the last level, averaged over positions."""
         return self.levels(images)[-1].mean(dim=(2, 3))
 
 
 def load_feature_network(weights: Path, *, key: str) -> FeatureNetwork:
-    """Return the network whose weights the file holds; VGG16 or AlexNet, told by its keys.
+    """Return the network whose weights the file holds; VGG16 or AlexNet, recognised by its keys.
 
     Args:
-        key: The setting it came from, for the message.
+        key: The config key of the path, for the message.
 
     Raises:
         ValueError: If the file is missing or holds neither.

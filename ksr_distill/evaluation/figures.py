@@ -1,4 +1,4 @@
-"""Plots as SVG text, drawn to be read on a phone and printed in grey."""
+"""Plots as SVG, legible on a phone and in greyscale."""
 
 import io
 import re
@@ -38,7 +38,7 @@ SPEED_METRICS = ("psnr_y", "swd")
 STEP_METRICS = ("psnr_y", "swd", "top_octave_power_ratio", "lowres_consistency_psnr")
 MAX_CURVE_POINTS = 300
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-"""What matplotlib would write into a picture: a page that needs nothing names no other."""
+"""Leaves out matplotlib's metadata, which refers to other sites."""
 
 
 def quality_against_speed(summary: Intervals) -> list[str]:
@@ -103,7 +103,7 @@ def _speed_plot(summary: Intervals, metric: Metric) -> str:
 
 
 def _label_points(axes: Axes, places: Mapping[str, tuple[float, float]]) -> None:
-    """Write each name beside its point, where it covers the fewest points and names."""
+    """Write each name beside its point, where it overlaps the fewest points and names."""
     points = {name: axes.transData.transform(place) for name, place in places.items()}
     taken = [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in points.values()]
     for name, (x, y) in points.items():
@@ -164,7 +164,7 @@ def _label(metric: Metric) -> str:
 
 def _figure(width: float = 4.6, height: float = 3.2) -> tuple[Figure, Axes]:
     with mpl.rc_context(STYLE):
-        # 72 dots per inch: a pixel is a point of the SVG, and places computed in one hold in it.
+        # 72 dots per inch: a pixel is a point of the SVG, so computed label positions hold there.
         figure = Figure(figsize=(width, height), dpi=72, layout="constrained")
         return figure, figure.add_subplot()
 

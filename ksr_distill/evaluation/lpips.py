@@ -1,4 +1,4 @@
-"""LPIPS: how far apart two images look to a network (arXiv:1801.03924)."""
+"""LPIPS, the perceptual distance in a network's features (arXiv:1801.03924)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""All numbers of one output."""
+"""All metrics of one output."""
 
 from collections.abc import Mapping
 
@@ -31,7 +31,7 @@ def measure(
 
     Args:
         image: As it would be saved, `levels.round_to_8_bit`.
-        seed: Of the sliced Wasserstein distance's places and directions.
+        seed: Of the sliced Wasserstein distance's positions and directions.
     """
     smallest_px = min(hires.shape[-2:])
     values: dict[str, float | None] = {
@@ -61,7 +61,7 @@ def measure_without_original(
 ) -> Values:
     """Return the metrics that need no original: the output's consistency with its lowres.
 
-    The output is degraded by the recipe that made the lowres, and compared with it.
+    The output is degraded as the lowres was, and compared with it.
     """
     generator = generator_for(seed, Stream.DEGRADATION, device=image.device)
     degraded = degradation(image, generator=generator)

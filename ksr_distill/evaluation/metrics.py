@@ -1,8 +1,7 @@
-"""Measures of one image against its original, on batches and on the device of the tensors.
+"""Metrics of images against their originals, on batches and on the device of the tensors.
 
-Each returns one value per image and reads no tensor on the host, so the training monitors can call
-them. They measure what they are given: `levels.round_to_8_bit` first, where a saved picture is
-meant.
+Each returns one value per image and does not synchronise with the device, so the training monitors
+can call them. To measure pictures as they are saved, apply `levels.round_to_8_bit` first.
 """
 
 import math
@@ -77,8 +76,8 @@ def lowres_consistency_psnr(
     """Return the PSNR in dB (RGB, no border cropped) after shrinking both by area.
 
     High if the image is consistent with its lowres. Reduced by area whatever the degradation was:
-    the same operator A as in the student's lowres-consistency loss. At the right and bottom a rest
-    of less than `scale` pixels is left out.
+    the same operator A as in the student's lowres-consistency loss. At the right and bottom a
+    remainder of less than `scale` pixels is left out.
     """
     return psnr(F.avg_pool2d(images, scale), F.avg_pool2d(hires, scale), peak=2.0)
 
@@ -107,10 +106,10 @@ def checkerboard_peaks(
     """Return how far patterns of 2, 4 and 8 px stand out in the image; 1 is as in the original.
 
     Strided and transposed convolutions leave patterns of these periods. The frequencies of a period
-    p are (i/p, j/p); those of a shorter period here belong to that one, and (0, 0) to none: 3, 12
-    and 48 of them. The value is the largest over them of the image's `spectral_prominence` divided
-    by the original's. Above 2, a pattern is twice its surroundings. Measured on Set5/Set14: nearest
-    gives 7 at 2 px; bicubic 1.7 at 8 px, for its spectrum bends steeply there.
+    p are (i/p, j/p), without (0, 0) and those that belong to a shorter period here: 3, 12 and 48.
+    The value is the largest over them of the image's `spectral_prominence` divided by the
+    original's. Above 2, a pattern is twice its surroundings. Measured on Set5/Set14: nearest gives
+    7 at 2 px; bicubic 1.7 at 8 px, since its spectrum bends steeply there.
     """
     relative = spectral_prominence(images) / spectral_prominence(hires)
     bins = torch.arange(CHECKERBOARD_TILE_PX, device=images.device)
@@ -129,15 +128,15 @@ def checkerboard_peaks(
 def spectral_prominence(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b f_y f_x"]:
     """Return the power at each frequency over that of its neighbours; 1 in white noise.
 
-    1. Each of R, G and B is cut into tiles of 32 px, half overlapping; each tile is freed of its
-       mean and weighted by a Hann window. P is its power spectrum.
+    1. Each of R, G and B is cut into tiles of 32 px, half overlapping; the mean of each tile is
+       subtracted, and a Hann window applied. P is its power spectrum.
     2. Each bin of P is divided by the geometric mean of its 16 neighbours at Chebyshev distance 2,
        times exp(gamma), the geometric mean's deficit in white noise. Geometric, because a smooth
        gain such as blur then cancels. The power of 8-bit rounding is added to both, so a flat tile
        gives 1 and not 0/0.
     3. The mean over tiles, over channels, and over mirrored and transposed frequencies. Every tile
-       counts alike: a faint pattern in a dark smooth corner is seen, which would drown in the
-       spectrum of the whole image; and so is a coloured one.
+       has the same weight, so that a faint or coloured pattern in a dark smooth corner counts,
+       which the spectrum of the whole image would mask.
 
     Raises:
         ValueError: If a side is shorter than a tile.
@@ -171,7 +170,7 @@ def _mean_at_distance_2(spectra: Float[Tensor, "b n f_y f_x"]) -> Float[Tensor, 
 
 
 def share_out_of_range(images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, " b"]:
-    """Return which share of the values lies outside [-1, 1]; saving clips them."""
+    """Return the share of the values outside [-1, 1], which saving clips."""
     return (images.abs() > 1).float().mean(dim=(1, 2, 3))
 
 

@@ -1,4 +1,4 @@
-"""A model folder of any kind, loaded for sampling."""
+"""Loads a model folder of any kind for sampling."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ SamplerName = Literal["student", "ddim", "dpm"]
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a folder holds.
+    """A loaded folder.
 
     Attributes:
-        pipeline: The student's; of a teacher a wrapping, of which only `sr` is used.
-        sampler: What it was made for; None where the folder does not say.
-        num_inference_steps: A teacher's own; None where the folder does not say.
+        pipeline: The student's; for a teacher, one of which only `sr` is used.
+        sampler: What the folder is made for; None if it does not say.
+        num_inference_steps: A teacher's default; None if the folder does not say.
     """
 
     pipeline: KSRFlashPipeline

@@ -1,4 +1,4 @@
-"""report.html: one file with the table, the plots and the pictures; needs no network to be read."""
+"""report.html: one self-contained file with the table, the plots and the pictures."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ class ReportSettings:
     Attributes:
         compare_with: The model on the slider's left, and the baseline of the differences.
         judged: The model on the slider's right; its crops and its worst images come first.
-        sort_by: The metric of "worst".
-        max_cards: Images shown; the table has them all.
+        sort_by: The metric that puts the worst images first.
+        max_cards: Images shown with pictures; the table covers all.
         curves: metrics.csv of a training run, or None.
     """
 
@@ -101,13 +101,13 @@ def write_report(
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of the table, written out."""
+    """A formatted number of the table."""
 
     text: str
     interval: str = ""
     is_best: bool = False
     is_certain: bool = False
-    """For a difference: its interval leaves out 0."""
+    """For a difference: its interval does not contain 0."""
 
 
 def _table_row(
@@ -180,7 +180,7 @@ def _has_number(benchmark: Benchmark, metric: Metric) -> bool:
 
 
 def _skipped(benchmark: Benchmark) -> dict[str, str]:
-    """Return (metric, why not) for what was not measured."""
+    """Return by metric why it was skipped."""
     return {
         BY_KEY[key].title: value
         for of_set in benchmark.of_sets.values()
@@ -190,7 +190,7 @@ def _skipped(benchmark: Benchmark) -> dict[str, str]:
 
 
 def _worst_first(benchmark: Benchmark, settings: ReportSettings) -> list[str]:
-    """Return the images by the judged model's metric; without it, in their order."""
+    """Return the images, worst first by the judged model's metric; those without it come last."""
     values = values_of(benchmark, settings.judged, settings.sort_by)
     metric = BY_KEY[settings.sort_by]
     return sorted(

@@ -19,7 +19,7 @@ CROP_PX = 128
 # JPEG keeps full colour resolution here: a coloured checkerboard must survive.
 STAGE_QUALITY, ERROR_QUALITY = 90, 70
 ERROR_FULL_SCALE = 48
-"""An error of so many levels of 255 gets the brightest colour."""
+"""The error, in levels of 255, from which on the colour is the brightest."""
 
 
 @dataclass(frozen=True)

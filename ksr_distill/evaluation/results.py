@@ -1,4 +1,4 @@
-"""From measurements to files: metrics.json for programs, per_image.csv for everybody else."""
+"""Writes the measurements as metrics.json and per_image.csv."""
 
 import csv
 import json

@@ -1,7 +1,7 @@
 """SSIM and MS-SSIM of the Y channel.
 
-Written out here because torchmetrics counts the reflected border in and so differs in the second
-decimal from the authors' code, which everybody's tables follow.
+Implemented here because torchmetrics includes the reflected border, and so differs in the second
+decimal from the authors' code, which published tables follow.
 """
 
 from typing import NamedTuple

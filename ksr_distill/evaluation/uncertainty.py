@@ -1,4 +1,4 @@
-"""Intervals from the bootstrap over images: how much would another set of photos change this?"""
+"""Bootstrap intervals over images."""
 
 from typing import NamedTuple
 

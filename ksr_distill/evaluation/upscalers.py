@@ -38,7 +38,7 @@ class Estimate(NamedTuple):
 
 
 class Upscaled(NamedTuple):
-    """A result.
+    """An upscaler's result.
 
     Attributes:
         share_out_of_range: Of the network's last estimate, before anything is clamped.
@@ -56,14 +56,14 @@ class Upscaler(Protocol):
 
     @property
     def num_inference_steps(self) -> int | None:
-        """How many evaluations of a network a picture costs; None for a baseline."""
+        """Evaluations of the network per picture; None for a baseline."""
         ...
 
     def __call__(self, lowres: Float[Tensor, "1 3 h w"], *, generator: torch.Generator) -> Upscaled:
         """Return the lowres enlarged, in [-1, 1].
 
         Args:
-            generator: Where every draw comes from, on the CPU; a baseline leaves it alone.
+            generator: On the CPU, for every random draw; a baseline makes none.
         """
         ...
 
@@ -77,7 +77,7 @@ class ModelSpec:
         sampler: `student` runs the shipped pipeline; `ddim` and `dpm` sample as a teacher. None
             takes what the folder was made for.
         num_inference_steps: None takes the folder's own.
-        refine_steps: The refiner's, after a student.
+        refine_steps: Of the refiner, after a student.
     """
 
     name: str
@@ -106,7 +106,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class PillowUpscaler:
-    """A filter of Pillow's, the comparison everybody has."""
+    """A filter of Pillow's, the usual baseline."""
 
     method: PIL.Image.Resampling
     scale: int
@@ -139,7 +139,7 @@ class StudentUpscaler:
 
     @property
     def num_inference_steps(self) -> int:
-        """The student's steps; the refiner's come on top."""
+        """The student's steps, without the refiner's."""
         return self.steps or len(self.pipeline.config.student_timesteps)
 
     def __call__(self, lowres: Float[Tensor, "1 3 h w"], *, generator: torch.Generator) -> Upscaled:
@@ -201,7 +201,7 @@ class StepRecorder:
     share_out_of_range: float = 0.0
 
     def __call__(self, step: int, pred_x_0: Float[Tensor, "b 3 H W"]) -> None:
-        """See the estimate after a step, counted from 0."""
+        """Record the estimate after a step, counted from 0."""
         is_last = (step + 1) % self.num_steps == 0
         if is_last:
             self.share_out_of_range = float((pred_x_0.abs() > 1).float().mean())
@@ -225,7 +225,7 @@ class StepRecorder:
         return watched
 
     def upscaled(self, hires: Float[Tensor, "1 3 H W"]) -> Upscaled:
-        """Return the result with what was kept."""
+        """Return the result with the recorded estimates."""
         return Upscaled(hires, self.share_out_of_range, tuple(self.estimates))
 
 
@@ -264,10 +264,10 @@ def build_upscalers(
 
 
 def build_upscaler(spec: ModelSpec, folder: ModelFolder, *, scale: int) -> Upscaler:
-    """Return a loaded folder sampled as the entry says.
+    """Return an upscaler that samples a loaded folder as the entry says.
 
     Raises:
-        ValueError: If the folder cannot be sampled so.
+        ValueError: If the folder cannot be sampled that way.
     """
     sampler = spec.sampler or folder.sampler
     if sampler is None:
