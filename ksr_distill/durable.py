@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whatever dies in the middle."""
+"""Atomic writes: after a crash a file or folder is the old one or the new one, never a part."""
 
 import os
 import re
@@ -15,10 +15,10 @@ from ksr_distill.locks import FileLock
 def replacing(target: Path) -> Iterator[Path]:
     """Yield a path that becomes the target when the block ends without an error.
 
-    A file or a folder may be made there. It lies on the target's disk and is flushed before its
-    name changes: a crash leaves what was there before, or nothing. A file is replaced in one step;
-    a folder cannot be, so that it is away for a moment. What a killed process left beside the
-    target goes when the next one has replaced it.
+    A file or a folder may be made there. It is on the target's file system and flushed before it
+    is renamed. A file is replaced atomically; a folder is missing between two renames, and after
+    a crash there. What a killed process left beside the target is removed when the next one has
+    replaced it.
     """
     scratch, lock = _make_scratch(target)
     try:
@@ -38,14 +38,14 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def _make_scratch(target: Path) -> tuple[Path, FileLock]:
-    """Return a new folder beside the target, and the lock that says that its process lives."""
+    """Return a new folder beside the target, and the lock on it that marks its process as alive."""
     while True:
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.new-", dir=target.parent))
         try:
             lock = FileLock(scratch, flags=os.O_RDONLY)
-        except FileNotFoundError:  # taken for an orphan before it was locked
+        except FileNotFoundError:  # removed as an orphan before it was locked
             continue
-        with suppress(OSError):  # no locks on this file system: nobody will take it for an orphan
+        with suppress(OSError):  # no locks on this file system, so it is never removed as an orphan
             lock.wait_alone()
         if scratch.exists():
             return scratch, lock
@@ -68,9 +68,9 @@ def _remove_orphans(target: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file whole, whatever dies: a reader finds the old content or the new one.
+    """Write a small file atomically: a reader finds the old content or the new one.
 
-    One writer at a time: the new content lies in ``NAME.tmp`` beside the file until it is whole.
+    For one writer at a time, since the new content is first written to ``NAME.tmp``.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -1,4 +1,4 @@
-"""Exports a checkpoint as a model folder: averaged weights, a card, and a check that it loads."""
+"""Exports a checkpoint's averaged weights as a model folder with a model card."""
 
 import hashlib
 import json
@@ -82,14 +82,14 @@ def pipeline_of(checkpoint: Mapping[str, Any]) -> DiffusionPipeline:
 def export_checkpoint(
     path: Path, folder: Path, *, fp16: bool, self_contained: bool, overwrite: bool
 ) -> None:
-    """Write the model folder of a checkpoint, after reloading it and comparing its pixels.
+    """Write a checkpoint's model folder, once the reloaded pipeline gives the same pixels.
 
     Args:
         fp16: Add the half-precision variant.
         self_contained: Add the code, so that diffusers loads the folder without this package.
 
     Raises:
-        ValueError: If the file is no checkpoint, the folder exists, or what was written differs.
+        ValueError: If the file is no checkpoint, the folder exists, or its pixels differ.
     """
     checkpoint = read_checkpoint(path)
     with new_folder(folder, overwrite=overwrite) as scratch:
@@ -109,7 +109,7 @@ def export_checkpoint(
 
 
 def export_original(path: Path, file: Path, *, overwrite: bool) -> None:
-    """Write a checkpoint's averaged weights for the released code: ``{'unet': …}``, its names."""
+    """Write a checkpoint's averaged weights in the released code's format and names."""
     write_original(averaged_unet(read_checkpoint(path)), file, overwrite=overwrite)
 
 
@@ -127,8 +127,8 @@ def blend_students(
         share: Of the second, in [0, 1].
 
     Raises:
-        ValueError: If the share is outside [0, 1], a folder holds no student, the two do not fit,
-            or the output folder exists.
+        ValueError: If the share is outside [0, 1], a folder holds no student, the two do not
+            match, or the output folder exists.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"--share {share} is outside 0…1, the part of {second}; use e.g. 0.5")
@@ -192,9 +192,9 @@ def latest_preview(checkpoint_path: Path, update: int) -> Path | None:
 def validation_figures(
     record: Mapping[str, Any], path: Path
 ) -> tuple[Mapping[str, float], int | None]:
-    """Return what a validation found, and after which update: these weights', or the last before.
+    """Return validation metrics and their update: those of these weights, else the last before.
 
-    A checkpoint is saved before its update is validated; its manifest is told afterwards.
+    A checkpoint is saved before its update is validated; the manifest gets the metrics afterwards.
     """
     file = path.resolve()  # best.ckpt is a link; the manifest lies beside the file
     try:
@@ -202,13 +202,13 @@ def validation_figures(
         if facts["update"] == record["update"] and facts["metrics"]:
             return facts["metrics"], facts["update"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # moved without it: what the checkpoint itself tells
-    update = record.get("validated_update")  # older checkpoints do not say
+        pass  # copied without its manifest: use the checkpoint's own metrics
+    update = record.get("validated_update")  # missing in older checkpoints
     return (record["metrics"], update) if update is not None else ({}, None)
 
 
 def model_card(checkpoint: Mapping[str, Any], path: Path, preview: Path | None) -> str:
-    """Return the folder's README: what it is, how to use it, what it was trained on, how good."""
+    """Return the folder's README: usage, validation metrics and training configuration."""
     record = checkpoint["ksr"]
     name = "KSRTeacherPipeline" if record["kind"] == "teacher" else "KSRFlashPipeline"
     steps = record.get("student_timesteps")

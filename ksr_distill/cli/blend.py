@@ -1,4 +1,4 @@
-"""``ksr blend``: the student between two, nearer to the one or to the other."""
+"""``ksr blend``: interpolate the weights of two students."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,18 +18,17 @@ def blend(
     first: Annotated[
         str,
         typer.Argument(
-            help="A student's model folder, say the faithful one, or the name of a model that "
-            "comes with the package."
+            help="A student's model folder, e.g. of a faithful one, or the name of a shipped model."
         ),
     ],
     second: Annotated[
-        str, typer.Argument(help="Another's of the same teacher, say the sharp one.")
+        str, typer.Argument(help="Another student of the same teacher, e.g. a sharp one.")
     ],
-    out: Annotated[Path, typer.Argument(help="The folder to make.")],
-    share: Annotated[float, typer.Option(help="Of the second, 0 … 1.")] = 0.5,
+    out: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    share: Annotated[float, typer.Option(help="Weight of the second, 0 … 1.")] = 0.5,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
-    """Blend two students of one teacher by weight: fidelity against detail, without training."""
+    """Interpolate the weights of two students of one teacher, to trade fidelity for detail."""
     from ksr_distill.export import blend_students
     from ksr_distill.inference.model_folders.bundled import find_model
 

@@ -17,10 +17,10 @@ convert = typer.Typer(
 )
 
 File = Annotated[Path, typer.Argument(help="A .pt, .ckpt or .safetensors file.")]
-Out = Annotated[Path, typer.Argument(help="The model folder to make.")]
+Out = Annotated[Path, typer.Argument(help="The model folder to write.")]
 NumGroups = Annotated[
     int | None,
-    typer.Option(min=1, help="Groups of the group norms, if not as many as in the released model."),
+    typer.Option(min=1, help="Groups of the group norms, if other than in the released model."),
 ]
 HeadDim = Annotated[
     int | None, typer.Option(min=1, help="Channels of an attention head, if not 64.")
@@ -111,7 +111,7 @@ def context(
 @one_line_errors
 def flash(
     out: Out,
-    sr: Annotated[Path, typer.Option(help="KandiSuperRes_flash_x2.pt, or a folder of ours.")],
+    sr: Annotated[Path, typer.Option(help="KandiSuperRes_flash_x2.pt, or its folder.")],
     refiner: Annotated[Path | None, typer.Option(help="kandinsky3_flash.pt, or a folder.")] = None,
     movq: Annotated[Path | None, typer.Option(help="movq.pt, or a folder.")] = None,
     context: Annotated[Path | None, typer.Option(help="context.pt, or a folder.")] = None,
@@ -122,7 +122,7 @@ def flash(
     self_contained: SelfContained = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """A whole pipeline's folder for KSRFlashPipeline; without a refiner if only --sr is given."""
+    """A pipeline's folder for KSRFlashPipeline; without a refiner if only --sr is given."""
     from ksr_distill.inference.model_folders.conversion import (
         read_context,
         read_movq,
@@ -158,7 +158,7 @@ def teacher(
     file: File,
     out: Out,
     scale: Annotated[
-        int | None, typer.Option(min=2, help="2 or 4; read off the released files' names.")
+        int | None, typer.Option(min=2, help="2 or 4; by default from the released file's name.")
     ] = None,
     num_groups: NumGroups = None,
     fp16: Half = False,
@@ -173,7 +173,7 @@ def teacher(
 
     if scale is None:
         scale = scale_of_released_file(file.name)
-        typer.echo(f"scale {scale}, by the name {file.name}; --scale says otherwise", err=True)
+        typer.echo(f"scale {scale}, from the name {file.name}; --scale overrides it", err=True)
     _without_progress_bars()
     with new_folder(out, overwrite=overwrite) as folder:
         pipeline = KSRTeacherPipeline(sr=read_sr_unet(file, num_groups=num_groups), scale=scale)
@@ -187,17 +187,17 @@ def teacher(
 @one_line_errors
 def original(
     folder: Annotated[Path, typer.Argument(help="A model folder, or a pipeline's.")],
-    out: Annotated[Path, typer.Argument(help="The .pt file to make.")],
+    out: Annotated[Path, typer.Argument(help="The .pt file to write.")],
     component: Annotated[
         str | None, typer.Option(help="Of a pipeline: sr (the default), refiner or movq.")
     ] = None,
     null_embedding: Annotated[
         Path | None,
-        typer.Option(help="kandinsky3_flash.pt: whose null_embedding a refiner's file gets."),
+        typer.Option(help="kandinsky3_flash.pt, from which a refiner's null_embedding is copied."),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Back: a model folder as a file for the released code."""
+    """The reverse: a model folder as a file for the released code."""
     from ksr_distill.inference.model_folders.conversion import read_null_embedding, write_original
     from ksr_distill.inference.model_folders.files import load_model
 
@@ -216,7 +216,7 @@ def _write_model(read: "Callable[[], ModelMixin]", out: Path, fp16: bool, overwr
 
 
 def _without_progress_bars() -> None:
-    """Keep diffusers' bars for components that load in a moment out of the terminal."""
+    """Disable diffusers' progress bars, for components that load at once."""
     from diffusers.utils import logging
 
     logging.disable_progress_bar()

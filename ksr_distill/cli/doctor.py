@@ -1,4 +1,4 @@
-"""``ksr doctor``: what this machine has, one line each, and what is broken."""
+"""``ksr doctor``: checks packages, GPUs, memory and disk, one line each."""
 
 import os
 import platform
@@ -43,8 +43,8 @@ class Finding(NamedTuple):
     """One line of the report.
 
     Attributes:
-        name: What was looked at.
-        text: What was found, and what to do if it is broken.
+        name: What was checked.
+        text: The result, and the remedy if it is broken.
         is_broken: Whether something will fail because of it.
     """
 
@@ -58,7 +58,7 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def doctor() -> None:
-        """Say what this machine has, a line each; exit with 1 if something is broken."""
+        """Check packages, GPUs, memory and disk, a line each; exit 1 if something is broken."""
         num_broken = 0
         for finding in examine():
             mark = "BROKEN" if finding.is_broken else "ok"
@@ -165,10 +165,10 @@ def examine_disk(folder: Path) -> Finding:
 
 
 def examine_torchvision() -> Finding:
-    """Return whether a torchvision is beside torch that was not built for it.
+    """Return whether a torchvision is installed that does not match torch.
 
-    We do not use it. But torchmetrics, lightning and diffusers import it when it is there, and
-    PyPI's build for CUDA beside a CPU torch makes all three fail (measured).
+    This package does not use it, but torchmetrics, lightning and diffusers import it if it is
+    installed, and PyPI's build for CUDA makes all three fail beside a CPU torch (measured).
     """
     try:
         version = metadata.version("torchvision")

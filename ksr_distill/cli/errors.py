@@ -1,4 +1,4 @@
-"""One line for mistakes of users; a traceback only for bugs."""
+"""Shows mistakes of users as one line; tracebacks are for bugs."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""``ksr export``: from a training checkpoint to a model folder."""
+"""``ksr export``: a training checkpoint as a model folder."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 @one_line_errors
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="outputs/NAME/checkpoints/best.ckpt")],
-    out: Annotated[Path, typer.Argument(help="The folder to make; with --original, the file.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write; with --original, the file.")],
     original: Annotated[
         bool, typer.Option("--original", help="Write the released .pt layout instead of a folder.")
     ] = False,

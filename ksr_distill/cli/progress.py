@@ -1,4 +1,4 @@
-"""What a long command shows while it works: bars with the time left, on stderr."""
+"""Progress bars of long commands, with the time left, on stderr."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 @contextmanager
 def counting_bar(title: str, total: int | None = None) -> Iterator[Callable[..., Any]]:
-    """Show a bar; yield what moves it: ``move(advance=1)``, or ``move(completed=…, total=…)``."""
+    """Show a bar; yield its update: ``move(advance=1)``, or ``move(completed=…, total=…)``."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bars:
         yield partial(bars.update, bars.add_task(title, total=total))
 
 
-class Stopped(Exception):  # noqa: N818 - no error: it was asked for
-    """Ends a picture that another thread works on, after Ctrl-C."""
+class Stopped(Exception):  # noqa: N818 -- not an error: the user asked for it
+    """Ends the work of another thread on a picture, after Ctrl-C."""
 
 
 class _Lines(logging.Handler):
-    """Prints each record as one line, however long."""
+    """Prints each log record as one line."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         super().__init__()
@@ -39,9 +39,9 @@ class _Lines(logging.Handler):
 
 
 class UpscaleProgress:
-    """What ``ksr upscale`` shows: a bar for the tiles, one for the pictures, and lines.
+    """The output of ``ksr upscale``: a bar for tiles, one for pictures, and a line for each event.
 
-    Warnings of the rooms below appear between them.
+    Warnings that the package logs are printed as such lines.
     """
 
     def __init__(self, num_pictures: int) -> None:
@@ -72,28 +72,28 @@ class UpscaleProgress:
         logging.getLogger("ksr_distill").removeHandler(self._handler)
 
     def planned(self, job: "Job", picture: "Picture", estimate: "Estimate") -> None:
-        """Print the plan of a picture, and what its file has that the user should know."""
+        """Print the plan of a picture, and the warnings about its file."""
         self._say(f"{job.source.name}: {picture.width}×{picture.height} → {estimate.in_words()}")
         for note in picture.notes:
             self._say(f"warning: {job.source} {note}")
         self._bars.reset(self._tiles, total=estimate.num_tiles, description=job.source.name)
 
     def stop(self) -> None:
-        """End pictures of other threads with their next tile; what is being written is finished."""
+        """Stop the other threads at their next tile; a file that is being written is finished."""
         self._is_stopped = True
 
     def tile_done(self) -> None:
-        """Move the tiles' bar.
+        """Advance the tiles' bar.
 
         Raises:
-            Stopped: If no more are wanted.
+            Stopped: After ``stop``.
         """
         if self._is_stopped:
             raise Stopped
         self._bars.advance(self._tiles)
 
     def picture_done(self) -> None:
-        """Move the pictures' bar."""
+        """Advance the pictures' bar."""
         self._bars.advance(self._pictures)
 
     def failed(self, job: "Job", error: Exception) -> None:

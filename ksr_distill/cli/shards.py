@@ -1,4 +1,4 @@
-"""``ksr shards``: from a folder of photos to what training reads."""
+"""``ksr shards``: pack photos into the shards that training reads, check and preview them."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,14 +15,12 @@ if TYPE_CHECKING:
 
 NUM_LISTED = 20  # skipped files or problems shown; all of them are in the shards' indexes
 
-shards = typer.Typer(no_args_is_help=True, help="Pack photos for training, check and look at them.")
+shards = typer.Typer(no_args_is_help=True, help="Pack photos into shards, check and preview them.")
 
 Pattern = Annotated[
     list[str], typer.Argument(help="Shards: paths, braces as in train-{000000..000007}.tar, globs.")
 ]
-Workers = Annotated[
-    int | None, typer.Option(min=0, help="Processes; the number of CPU cores if not given.")
-]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes; by default one per CPU core.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -33,15 +31,15 @@ def register(app: typer.Typer) -> None:
 @shards.command()
 @one_line_errors
 def pack(
-    folder: Annotated[Path, typer.Argument(help="Photos, in any depth of folders.")],
-    out: Annotated[Path, typer.Argument(help="Where the shards go.")],
+    folder: Annotated[Path, typer.Argument(help="Photos, also in subfolders.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
     val_fraction: Annotated[
         float | None,
         typer.Option(help="Share of files kept for validation, by hash of their path.  [0.05]"),
     ] = None,
     val_match: Annotated[
         list[str] | None,
-        typer.Option(help="Instead: files for validation, e.g. 'held_out/*'; may be repeated."),
+        typer.Option(help="Or: patterns of files for validation, e.g. 'held_out/*'; repeatable."),
     ] = None,
     min_side_px: Annotated[
         int, typer.Option(min=1, help="Leave out pictures with a shorter side than this.")
@@ -51,7 +49,7 @@ def pack(
         typer.Option(min=0, help="Leave out pictures (or tiles) below this variance of Laplacian."),
     ] = 0.0,
     tile_px: Annotated[
-        int | None, typer.Option(min=8, help="Cut pictures to tiles: small crops then read fast.")
+        int | None, typer.Option(min=8, help="Cut pictures into tiles: small crops read faster.")
     ] = None,
     reduced_to: Annotated[
         list[float] | None,
@@ -62,7 +60,7 @@ def pack(
     shard_files: Annotated[int, typer.Option(min=1, help="Files per shard.")] = 512,
     workers: Workers = None,
 ) -> None:
-    """Pack a folder of photos into shards. Start it again if it was killed: it goes on."""
+    """Pack a folder of photos into shards; run it again to continue after an interruption."""
     from ksr_distill.data.packing import pack_folder
     from ksr_distill.data.sources import PackOptions
 
@@ -137,17 +135,17 @@ def check(pattern: Pattern, workers: Workers = None) -> None:
 @one_line_errors
 def preview(
     pattern: Pattern,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The sheet to write, a .png.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .png file to write.")],
     degradation: Annotated[
         Path | None,
         typer.Option(help="A file of conf/degradation, e.g. second_order.yaml.  [bicubic]"),
     ] = None,
     scale: Annotated[int, typer.Option(min=2, help="Hires side / lowres side.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Of the training to look at.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the training.")] = 0,
     crop_px: Annotated[int, typer.Option(min=8, help="Side of the crops.")] = 256,
-    pairs: Annotated[int, typer.Option(min=1, help="How many pairs.")] = 16,
+    pairs: Annotated[int, typer.Option(min=1, help="Number of pairs.")] = 16,
 ) -> None:
-    """Write a contact sheet of lowres | hires pairs: the first that a training would see."""
+    """Write a contact sheet of a training's first pairs, lowres | hires."""
     from ksr_distill.data.patterns import expand_shards
     from ksr_distill.data.preview import make_contact_sheet
 
@@ -185,13 +183,13 @@ def load_degradation(file: Path | None, scale: int) -> Callable[..., "Tensor"]:
 
 
 def num_processes(workers: int | None) -> int:
-    """Return how many processes were asked for, or one for each core this process may use."""
+    """Return the given number, or the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if workers is None else workers
 
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar with the time left on stderr; yield what moves it: (done, in all)."""
+    """Show a bar with the time left on stderr; yield its update, a function of (done, total)."""
     from ksr_distill.cli.progress import counting_bar
 
     with counting_bar(title) as move:
@@ -199,7 +197,7 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def show_pairs(title: str, columns: tuple[str, str], rows: list[tuple[str, str]]) -> None:
-    """Print a table of two columns, its beginning only if it is long."""
+    """Print a table of two columns and at most NUM_LISTED rows."""
     from rich.console import Console
     from rich.table import Table
 

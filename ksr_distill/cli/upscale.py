@@ -1,4 +1,4 @@
-"""``ksr upscale``: pictures in, larger pictures out."""
+"""``ksr upscale``: enlarge a picture or a folder of them."""
 
 import sys
 from pathlib import Path
@@ -24,14 +24,16 @@ def upscale(
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", help="A file, or a folder: same tree. Default: photo_x2.jpg beside IN."
+            "-o",
+            "--out",
+            help="A file, or a folder for the same tree. Default: photo_x2.jpg beside IN.",
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
             help="A model folder (ksr export, ksr convert flash or teacher), or the name of a "
-            "model that comes with the package. Default: its student."
+            "shipped model. Default: the shipped student of the scale."
         ),
     ] = None,
     scale: Annotated[float, typer.Option("-s", "--scale", help="Any number ≥ 1.")] = 2.0,
@@ -42,16 +44,16 @@ def upscale(
     match_colours: Annotated[
         bool, typer.Option("--match-colours", help="Keep coarse colours through the refiner.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same pixels.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")] = 0,
     tile: Annotated[
-        int | None, typer.Option(min=1, help="Largest side of a tile, px. Default: what fits.")
+        int | None, typer.Option(min=1, help="Tile side, px. Default: what fits in memory.")
     ] = None,
-    overlap: Annotated[int | None, typer.Option(min=0, help="Blended px between tiles.")] = None,
-    tile_batch: Annotated[int, typer.Option(min=1, help="Tiles at once.")] = 1,
+    overlap: Annotated[int | None, typer.Option(min=0, help="Px blended between tiles.")] = None,
+    tile_batch: Annotated[int, typer.Option(min=1, help="Tiles per batch.")] = 1,
     format_name: Annotated[
         str | None, typer.Option("--format", help="png, jpg, webp, tif or dz (DeepZoom).")
     ] = None,
-    bits: Annotated[int | None, typer.Option(help="8 or 16. Default: the picture's.")] = None,
+    bits: Annotated[int | None, typer.Option(help="8 or 16. Default: as IN.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
     fp32: Annotated[bool, typer.Option("--fp32", help="Full precision.")] = False,
     fast: Annotated[
@@ -61,18 +63,18 @@ def upscale(
         ),
     ] = None,
     skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Leave finished pictures alone.")
+        bool, typer.Option("--skip-existing", help="Skip pictures that have an output.")
     ] = False,
     shard: Annotated[
-        str, typer.Option(help="i/n: this process's part of a folder, or of one picture's tiles.")
+        str, typer.Option(help="i/n: this process's share of a folder, or of one picture's tiles.")
     ] = "0/1",
     compare: Annotated[
         bool, typer.Option("--compare", help="Write report.html: sliders, before and after.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
     max_megapixels: Annotated[float, typer.Option(help="Refuse larger sources.")] = 120.0,
 ) -> None:
-    """Enlarge pictures of any size and kind, to any size; huge ones stream through the disk."""
+    """Enlarge a picture, or a folder of them; huge pictures are never loaded whole."""
     from ksr_distill.inference.devices.cpu import keep_freed_memory
     from ksr_distill.inference.jobs.compare import write_comparison
     from ksr_distill.inference.jobs.estimate import measure_speed
@@ -124,7 +126,7 @@ def upscale(
             report = (out if source.is_dir() else target.parent) / "report.html"
             write_comparison(finished, report)
             typer.echo(report.resolve())
-        if part.index == 0 or skipped:  # the others' file is there when the first has written it
+        if part.index == 0 or skipped:  # shard 0 writes the file that the others share
             typer.echo(target.resolve())
     if len(done) < len(jobs):
         raise SystemExit(1)

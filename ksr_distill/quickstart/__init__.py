@@ -1,1 +1,1 @@
-"""The whole path in minutes, on two CPU cores: ``python -m ksr_distill.quickstart``."""
+"""From photos to a report in minutes on two CPU cores: ``python -m ksr_distill.quickstart``."""

@@ -26,14 +26,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m ksr_distill.quickstart")
     parser.add_argument(
         "--train-teacher", action="store_true",
-        help="train a small teacher first, even where the package brings one",
+        help="train a small teacher first, instead of using the shipped one",
     )  # fmt: skip
     teacher = None if parser.parse_args().train_teacher else path.shipped_teacher()
     trains_teacher = teacher is None
     if trains_teacher:
-        typer.echo(
-            "# a small teacher is trained here, and distilled; the package's own is not used"
-        )
+        typer.echo("# a small teacher is trained and distilled, instead of the shipped one")
         teacher = path.TRAINED_TEACHER
     ledger = Ledger(path.FOLDER / "progress.json")
     try:
@@ -56,7 +54,7 @@ def main() -> int:
 
 
 def run_once(command: path.Command, ledger: Ledger) -> None:
-    """Run a command unless it is done, and write down what it took."""
+    """Run a command unless it is done, and record its time and memory."""
     if ledger.is_done(command):
         typer.echo(f"# done before: {' '.join(command)}")
         return
@@ -71,7 +69,7 @@ def run_once(command: path.Command, ledger: Ledger) -> None:
 
 
 def report(ledger: Ledger, *, teacher: str) -> None:
-    """Finish the report, and print the numbers that matter."""
+    """Complete the report, and print a summary."""
     summary = add_usage(path.METRICS, ledger)
     usage = f"{summary['seconds']:.0f} s and {summary['peak_rss_gb']:.2f} GB for all commands"
     add_enlarged_photo(path.REPORT, path.PHOTO, path.ENLARGED, usage=usage)

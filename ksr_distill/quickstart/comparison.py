@@ -1,4 +1,4 @@
-"""The picture at the top of the README: one place of a held-out photo, by each model."""
+"""The picture at the top of the README: one crop of a held-out photo, by each model."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A file of finished commands, so that an interrupted quickstart continues and its times add up."""
+"""Records the commands, so that an interrupted quickstart continues and its times are summed."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from ksr_distill.quickstart.processes import Usage
 
 @dataclass
 class Entry:
-    """One command of the path.
+    """One command of the quickstart.
 
     Attributes:
         command: As it was echoed.
@@ -41,11 +41,11 @@ class Ledger:
             self.entries = [Entry(**entry) for entry in json.loads(path.read_text())]
 
     def is_done(self, command: Sequence[str]) -> bool:
-        """Return whether this very command has ended well before."""
+        """Return whether this command has succeeded before."""
         return any(entry.is_done and entry.command == list(command) for entry in self.entries)
 
     def add(self, command: Sequence[str], usage: Usage, *, is_done: bool) -> None:
-        """Write down what an attempt took."""
+        """Record an attempt's time and memory."""
         entry = next((e for e in self.entries if e.command == list(command)), None)
         if entry is None:
             entry = Entry(list(command))
@@ -62,7 +62,7 @@ class Ledger:
 
     @property
     def peak_rss_gb(self) -> float:
-        """Largest resident memory of any moment."""
+        """Largest resident memory of all commands."""
         return max((entry.peak_rss_gb for entry in self.entries), default=0.0)
 
     def _save(self) -> None:

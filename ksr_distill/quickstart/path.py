@@ -22,13 +22,13 @@ TEACHER = FOLDER / "teacher"
 TRAINED_TEACHER = TEACHER / "export"
 STUDENT = FOLDER / "student"
 BEST, LAST = Path("checkpoints/best.ckpt"), Path("checkpoints/last.ckpt")
-# A face of 224 px: four times its side in seconds, not in a minute.
+# A face of 224 px, so that ×4 takes seconds instead of a minute.
 PHOTO = FOLDER / "chelsea.png"
 PHOTO_SOURCE, PHOTO_BOX = HELD_OUT / "chelsea.png", (110, 30, 334, 254)
 ENLARGED = {scale: FOLDER / f"chelsea_x{scale}.png" for scale in (2, 4)}
 REPORT = FOLDER / "report.html"
 METRICS = FOLDER / "metrics.json"
-# The README's picture; a place with fur and an eye.
+# The README's picture: fur and an eye.
 COMPARISON = FOLDER / "comparison.png"
 COMPARED_PHOTO, COMPARED_PLACE = "chelsea", (135, 55)
 CURVES = FOLDER / "curves.csv"
@@ -48,7 +48,7 @@ def copy_photos() -> None:
 
 
 def shipped_teacher() -> Path | None:
-    """Return the folder of the teacher that the package brings, if it brings one."""
+    """Return the folder of the shipped teacher, or None without one."""
     folder = bundled_models().get(SHIPPED_TEACHER)
     if folder is None:
         return None
@@ -56,7 +56,7 @@ def shipped_teacher() -> Path | None:
 
 
 def in_words(teacher: Path) -> str:
-    """Return which teacher is distilled."""
+    """Return a sentence that says which teacher was distilled."""
     if teacher == TRAINED_TEACHER:
         return "The student was distilled from a small teacher that was trained here."
     return f"The student was distilled from the teacher that comes with the package, {teacher}."
@@ -81,7 +81,8 @@ def distil(teacher: Path) -> list[Command]:
     Args:
         teacher: The folder to distil: the shipped one, or TRAINED_TEACHER.
     """
-    # A teacher trained here is a seventh of the shipped one's work, so its game is longer.
+    # A teacher trained here needs a seventh of the shipped one's arithmetic, so there is time for
+    # more updates.
     name = "quickstart_flash_tiny" if teacher == TRAINED_TEACHER else "quickstart_flash"
     return [
         ("python", "train.py", f"+experiment={name}", f"teacher={teacher}", *DATA),

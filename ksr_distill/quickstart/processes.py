@@ -1,4 +1,4 @@
-"""Run a command, and measure time and memory of it and all its children."""
+"""Runs a command, and measures the time and memory of it and all its children."""
 
 import signal
 import subprocess
@@ -17,12 +17,12 @@ GIGABYTE = 1e9
 
 
 class Usage(NamedTuple):
-    """What a command took.
+    """A command's time and memory.
 
     Attributes:
         seconds: Wall time.
-        peak_rss_gb: Largest sum of resident memory over this process and all below it, GB. Pages
-            that processes share count once for each: an upper bound.
+        peak_rss_gb: Largest sum of resident memory over this process and its descendants, GB; an
+            upper bound, since shared pages count once for each process.
     """
 
     seconds: float
@@ -38,7 +38,7 @@ class CommandFailedError(RuntimeError):
 
 
 class CommandInterruptedError(RuntimeError):
-    """This process was interrupted; the command was, too, and has ended."""
+    """This process and the command were interrupted; the command has ended."""
 
     def __init__(self, usage: Usage) -> None:
         super().__init__("interrupted")
@@ -46,10 +46,10 @@ class CommandInterruptedError(RuntimeError):
 
 
 def run_measured(command: Sequence[str]) -> Usage:
-    """Run the command to its end, its output going where ours goes, and return what it took.
+    """Run the command to its end, with inherited output, and return its time and memory.
 
     Args:
-        command: ``python`` and ``ksr`` mean those of this environment.
+        command: ``python`` and ``ksr`` are those of this environment.
 
     Raises:
         CommandFailedError: If it ends with another exit code than 0.
@@ -73,9 +73,9 @@ def run_measured(command: Sequence[str]) -> Usage:
 
 @contextmanager
 def told_to_stop(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
-    """Collect the signals that ask us to stop, and pass them on to the command.
+    """Collect SIGINT and SIGTERM, and forward SIGTERM to the command.
 
-    A terminal's control-C reaches the command by itself.
+    A terminal sends Ctrl-C to the command as well.
     """
     told: list[int] = []
 
@@ -99,7 +99,7 @@ def resident_gb_of_tree() -> float:
     for process in (this, *this.children(recursive=True)):
         try:
             total += process.memory_info().rss
-        except psutil.NoSuchProcess:  # it ended between the listing and the look
+        except psutil.NoSuchProcess:  # it has ended since it was listed
             continue
     return total / GIGABYTE
 

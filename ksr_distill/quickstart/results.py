@@ -36,7 +36,7 @@ def merge_curves(runs: Mapping[str, Path], out: Path) -> None:
 
 
 def add_usage(metrics_file: Path, ledger: Ledger) -> dict[str, Any]:
-    """Put what the quickstart promises at the top of evaluate.py's metrics.json; return it.
+    """Add the quickstart's summary to evaluate.py's metrics.json; return it.
 
     Raises:
         ValueError: If evaluate.py measured other models than the quickstart's.
@@ -67,7 +67,7 @@ def add_enlarged_photo(
         report: The HTML file of evaluate.py; a section goes before its footer, once.
         photo: The photo at its own size.
         enlarged: Our outputs by scale.
-        usage: What the whole path took, in words.
+        usage: Time and memory of all commands, in words.
     """
     page = report.read_text()
     marker = '<section id="enlarged">'
@@ -87,7 +87,7 @@ def add_enlarged_photo(
 
 
 def add_commands(report: Path, ledger: Ledger, *, teacher: str) -> None:
-    """Say in the report which teacher was distilled, and what was typed and how long it took.
+    """Add the teacher, the commands and their times to the report.
 
     Args:
         report: The HTML file of evaluate.py; a section goes before its footer, once.
@@ -110,7 +110,7 @@ def add_commands(report: Path, ledger: Ledger, *, teacher: str) -> None:
 
 
 def _pair_of_figures(photo: Path, path: Path, scale: int) -> list[str]:
-    """Return the same place of the photo, enlarged by bicubic and by us."""
+    """Return the same crop of the photo, enlarged by bicubic and by the student."""
     with Image.open(photo) as image:
         left, top = (image.width - CROP_PX) // 2, (image.height - CROP_PX) // 2
         small = image.convert("RGB").crop((left, top, left + CROP_PX, top + CROP_PX))
