@@ -1,13 +1,13 @@
-r"""What each setting of the game does: one change at a time, the same budget, measured alike.
+r"""What each setting of the distillation does: one change at a time, at the same budget.
 
     python -m benchmarks.ablations --shards shards/train/train-000000.tar \
         --val-shards shards/val/train-000000.tar
     python -m benchmarks.ablations … --only base gamma_1   # the file's other rows stay
-    python -m benchmarks.ablations … --set Set5=… --set Set14=…   # these, too, once a run has ended
+    python -m benchmarks.ablations … --set Set5=… --set Set14=…   # measures finished runs on them
 
-benchmarks/ablations.yaml holds the changes. Each row is a run of train.py, several at once on a
-device; it is judged by its own last validation, whose pictures and noise are the same for all. A
-run that was ended goes on, and a finished one is only read. Rows are written as they come.
+benchmarks/ablations.yaml lists the changes. Each row is a run of train.py, several at once on a
+device, and reports the run's last validation, whose pictures and noise are the same for all. An
+interrupted run continues, and a finished one is only read. Rows are written as runs end.
 """
 
 import argparse
@@ -49,7 +49,7 @@ SHOWN = ("psnr_y", "top_octave_power_ratio", "swd")
 
 
 class Run(NamedTuple):
-    """A change of the game, and where it is played."""
+    """A change of the config, and the device for its run."""
 
     name: str
     change: str
@@ -63,7 +63,7 @@ def read_changes() -> dict[str, Any]:
 
 
 def runs_of(options: argparse.Namespace) -> list[Run]:
-    """Return what is asked for, in that order; by default all, in the file's.
+    """Return the selected changes in the order given; by default all, in the file's.
 
     Raises:
         SystemExit: If a row is asked for that the file does not have.
@@ -86,8 +86,8 @@ def runs_of(options: argparse.Namespace) -> list[Run]:
     ]
 
 
-def play(run: Run, device: str | None) -> str | None:
-    """Train to the end; return the last line of what it said if it failed."""
+def train(run: Run, device: str | None) -> str | None:
+    """Train to the end; return the last line of output if it failed."""
     run.folder.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
     if device is not None:
@@ -101,7 +101,7 @@ def play(run: Run, device: str | None) -> str | None:
     return (said.read_text().splitlines() or ["no word"])[-1] if done.returncode else None
 
 
-def played(
+def trained(
     runs: Sequence[Run], devices: Sequence[str | None]
 ) -> Iterator[tuple[Run, float, str | None]]:
     """Yield (run, seconds, error) as runs end; there are as many at once as devices."""
@@ -117,7 +117,7 @@ def played(
             except queue.Empty:
                 return
             began = time.monotonic()
-            error = play(run, device)
+            error = train(run, device)
             ended.put((run, time.monotonic() - began, error))
 
     for device in devices:
@@ -129,7 +129,7 @@ def played(
 def measured(
     run: Run, sets: Mapping[str, Sequence[Pair]], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return a finished run's row: its last validation, its curves, the game at its end."""
+    """Return a finished run's row: last validation, curves, and the critic's means at the end."""
     path = last_good_checkpoint(run.folder / "checkpoints")
     if path is None:
         return {"failed": "it left no checkpoint"}
@@ -149,7 +149,7 @@ def measured(
 def measured_on_sets(
     run: Run, path: Path, sets: Mapping[str, Sequence[Pair]], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return what benchmarks/proof.py says of a run's student."""
+    """Return what benchmarks/proof.py measures of a run's student."""
     model = run.folder / "model"
     pipeline_of(read_checkpoint(path)).save_pretrained(model)
     device = torch.device(options.device)
@@ -164,7 +164,7 @@ def measured_on_sets(
 def with_row(rows: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rows with a new one, in the order of the file of changes.
 
-    A failure does not replace what an earlier run has shown.
+    A failure does not replace an earlier run's result.
     """
     if "failed" in row and name in rows:
         return dict(rows)
@@ -193,7 +193,7 @@ def line_of(name: str, row: Mapping[str, Any], sets: Sequence[str]) -> str:
 
 
 def parse_options() -> argparse.Namespace:
-    """Return what to play, with what, and on what to measure it."""
+    """Return the options: the changes, their data, and the sets to measure on."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", required=True)
     parser.add_argument("--val-shards", required=True)
@@ -217,7 +217,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Play, measure, print a line each, write the rows."""
+    """Train, measure, print a line for each change, and write the rows."""
     options = parse_options()
     diffusers.utils.logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
@@ -227,7 +227,7 @@ def main() -> None:
     path: Path = options.json
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
     print(heading(list(sets)))
-    for run, seconds, error in played(runs, options.devices):
+    for run, seconds, error in trained(runs, options.devices):
         row: dict[str, Any] = {"change": run.change, "date": today(), "seconds": seconds}
         row |= {"failed": error} if error else measured(run, sets, options)
         results["rows"] = with_row(results["rows"], run.name, row)

@@ -1,13 +1,13 @@
-"""How long training stands still for a save, which share of a run that is, and its memory.
+"""How long a save pauses training, which share of a run that is, and how much memory it takes.
 
     python -m benchmarks.checkpointing                             # 413 M: a minute on a GPU
     python -m benchmarks.checkpointing model=mini_x2 critic=mini   # on a CPU
 
 A distillation's module and optimisers are saved as `callbacks.checkpoint` does: weights, average
-and both players' moments, in the foreground, and by the thread, as `background_above_mb` chooses.
-Beside it a loop that never waits makes small updates: the worst case, for its host has no time to
-spare. Counted is what it lost in all, the copy and what the thread takes from it while it writes.
-Host memory is the whole machine's, without the disk's cache.
+and the moments of both networks, in the foreground, and by a thread, as `background_above_mb`
+selects. Meanwhile a loop makes small updates without ever waiting, the worst case, since its host
+has no idle time. What counts is its total loss: the copy, and the slowdown while the thread writes.
+Host memory is the whole machine's, without the page cache.
 """
 
 import argparse
@@ -31,17 +31,17 @@ from ksr_distill.training.checkpoint_io import AtomicCheckpointIO
 INTERVALS_MIN = (2, 10, 30)
 SHARES = "".join(f" {minutes} min |" for minutes in INTERVALS_MIN)
 SAVES = {"foreground": 1, "background": 2}
-"""The first one by the thread pays for pinned memory; the second is as in a run."""
+"""The thread's first save allocates pinned memory; the second is as in a run."""
 
 
 class Pause(NamedTuple):
-    """What a save cost, in seconds and GB.
+    """The cost of a save, in seconds and GB.
 
     Attributes:
         pause_s: Between two updates.
-        lost_s: The pause, and what updates took longer until the file was on the disk.
-        on_disk_s: Until then.
-        host_gb: Of host memory more than before, at the highest.
+        lost_s: The pause, and the slowdown of updates until the file was on disk.
+        on_disk_s: Until the file was on disk.
+        host_gb: Peak increase of host memory.
     """
 
     pause_s: float
@@ -59,7 +59,7 @@ def make_module(overrides: Sequence[str], device: torch.device) -> UpdateModule:
 
 
 def state_of(module: UpdateModule) -> dict[str, Any]:
-    """Return what a checkpoint of the module holds, with moments as after an update."""
+    """Return the content of a checkpoint of the module, with moments as after an update."""
     optimizers = module.configure_optimizers()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -72,7 +72,7 @@ def state_of(module: UpdateModule) -> dict[str, Any]:
 
 
 class Loop:
-    """A training loop's host: an update after the other, each as long as its work."""
+    """The host of a training loop: one update after the other, without idle time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -88,7 +88,7 @@ class Loop:
         return time.perf_counter() - began
 
     def mean_update_s(self, *, seconds: float = 1.0) -> float:
-        """Return how long an update takes now, beside whatever else the machine does."""
+        """Return how long an update takes now, under the machine's other load."""
         end, updates = time.perf_counter() + seconds, []
         while time.perf_counter() < end:
             updates.append(self.update())
@@ -117,7 +117,7 @@ def save(loop: Loop, io: AtomicCheckpointIO, state: dict[str, Any], path: Path) 
 
 
 def measure(name: str, io: AtomicCheckpointIO, loop: Loop, state: Any, folder: Path) -> Any:
-    """Save so many times; the first is told apart where there are others."""
+    """Save a number of times; the first is labelled where there are others."""
     pauses = []
     for number in range(SAVES[name]):
         path = path_of_update(folder, number)

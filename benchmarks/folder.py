@@ -1,11 +1,11 @@
-"""How long pictures take with a model as it is, and how near they are to float32.
+"""How long pictures take with a given model, and how close they are to float32.
 
     python -m benchmarks.folder --pictures photos        # on a GPU: with the kernels and without
     python -m benchmarks.folder --tiny                   # seconds on a CPU
 
-First one picture again and again in this process: what the networks alone take. Then folders, each
-by a process of ``ksr upscale``, from command to last file. Pictures of different sizes are tiles of
-different sizes: whatever is measured or compiled once for each shape is paid here.
+First the networks alone: one picture repeatedly in this process. Then folders, each by a process of
+``ksr upscale``, from command to last file. Their pictures have different sizes, so that the cost of
+whatever is measured or compiled once for each shape is included.
 """
 
 import argparse

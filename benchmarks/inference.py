@@ -1,4 +1,4 @@
-"""How fast a picture goes from 1K to 2K, how much memory that takes, and how near it is to float32.
+"""Time and memory from 1K to 2K, and how close the result is to float32.
 
     python -m benchmarks.inference                        # full size, a few minutes on an H200
     python -m benchmarks.inference --tiny                 # seconds on a CPU
@@ -80,7 +80,7 @@ class Bench:
             self.latents = encode_in_tiles(self.pipe.movq, self.large)
 
     def whole(self, pictures: list[Tensor] | Tensor | None = None) -> Tensor:
-        """Return pictures enlarged, through all that a user pays for."""
+        """Return enlarged pictures from the whole pipeline, as a user calls it."""
         return self.pipe(
             self.pictures[0] if pictures is None else pictures,
             SCALE,
@@ -92,7 +92,7 @@ class Bench:
 
     @property
     def stages(self) -> dict[str, Callable[[], object]]:
-        """Each stage on its own, with its noise; without gradients, as the passes run them."""
+        """Each stage on its own, with its noise and without gradients, as in the pipeline."""
         refiner = self.refiner
         draw_noise = refiner._noise_source(self.windows, channels=self.latents.shape[1])
         calls: dict[str, Callable[[], object]] = {
@@ -107,7 +107,7 @@ class Bench:
         return {name: torch.no_grad()(call) for name, call in calls.items()}
 
     def cast(self, dtype: torch.dtype, movq_dtype: torch.dtype) -> None:
-        """Convert the networks; all weights are float16 numbers, so nothing is lost."""
+        """Convert the networks; all weights are representable in float16, so this is exact."""
         for network in (self.pipe.sr, self.pipe.refiner, self.pipe.context):
             nn.Module.to(network, dtype)
         nn.Module.to(self.pipe.movq, movq_dtype)
@@ -128,7 +128,7 @@ class Bench:
     def measure(
         self, reference: Tensor, flops: dict[str, float], *, repeats: int
     ) -> dict[str, Any]:
-        """Return seconds and peak memory of the whole and of each stage, and how exact it is."""
+        """Return seconds and peak memory of the whole and of each stage, and the PSNR."""
         decibels = psnr(self.whole(), reference)
         rows: dict[str, Any] = {}
         for name, call in {"whole": self.whole, **self.stages}.items():
@@ -151,7 +151,7 @@ class Bench:
 
 
 def make_pipeline(device: torch.device, *, tiny: bool) -> KSRFlashPipeline:
-    """Return a pipeline whose random weights give pictures of a picture's contrast."""
+    """Return a pipeline whose random weights give outputs with the contrast of a photo."""
     torch.manual_seed(0)
     with torch.device(device):
         sr = KSRUNet(**(TINY_UNET if tiny else {})).eval()  # type: ignore[arg-type]
@@ -170,12 +170,12 @@ def make_pipeline(device: torch.device, *, tiny: bool) -> KSRFlashPipeline:
 
 @torch.no_grad()
 def draw_weights(network: nn.Module) -> None:
-    """Draw weights that keep the scale of what they are given, as training does.
+    """Draw weights that keep the scale of their inputs, as trained ones do.
 
-    PyTorch's own start shrinks each convolution's output by √3; the refiner then amplifies a
+    PyTorch's initialisation shrinks each convolution's output by √3; the refiner then amplifies a
     rounding error 24-fold, with these weights twofold (measured on a narrower one). Queries and
-    keys are smaller, so that attention stays broad: at full size it picks single ones out of 16 000
-    tokens, and the error's growth rises with the picture (2.3 at 128 px, 4.1 at 1024; so 2.0).
+    keys are smaller, so that attention stays broad: at full size it otherwise picks single ones out
+    of 16 000 tokens, and the error grows with the picture (2.3 at 128 px, 4.1 at 1024; so 2.0).
     """
     for name, parameter in network.named_parameters():
         if parameter.ndim < 2:
@@ -193,7 +193,7 @@ def draw_weights(network: nn.Module) -> None:
 
 @torch.no_grad()
 def calibrate(sr: KSRUNet, refiner: RefinerUNet, movq: VQModel, tokens: Tensor) -> None:
-    """Scale the last layers: pictures spread by 0.4 in [-1, 1], noise and latents by 1."""
+    """Scale the last layers: standard deviation 0.4 for pictures in [-1, 1], 1 for the others."""
     x = torch.randn(1, 3, 64, 64, device=tokens.device)
     t = torch.tensor([479], device=tokens.device)
 
@@ -230,7 +230,7 @@ def psnr(picture: Tensor, reference: Tensor) -> float:
 
 @contextmanager
 def exact_float32() -> Iterator[None]:
-    """Keep the matrix units from rounding float32."""
+    """Disable TF32, so that float32 products are not rounded."""
     flags = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:
@@ -243,7 +243,7 @@ def exact_float32() -> Iterator[None]:
 
 
 def first_call(device: torch.device, *, tiny: bool) -> float:
-    """Return the seconds of a process's first picture; its models are made before."""
+    """Return the seconds of a process's first picture, without building the models."""
     bench = Bench(device, tiny=tiny)
     bench.ours()
     wait_for(device)
@@ -253,7 +253,7 @@ def first_call(device: torch.device, *, tiny: bool) -> float:
 
 
 def first_call_elsewhere(options: argparse.Namespace) -> float:
-    """Return ``first_call`` of a process of its own; kernels compiled here are on the disk."""
+    """Return ``first_call`` of a new process, which finds the kernels compiled here on disk."""
     command = [sys.executable, "-m", "benchmarks.inference", "--first-call"]
     command += ["--tiny"] if options.tiny else []
     process = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -261,7 +261,7 @@ def first_call_elsewhere(options: argparse.Namespace) -> float:
 
 
 def in_turns(bench: Bench) -> dict[str, float]:
-    """Return seconds and peak memory with the networks taking turns on the device."""
+    """Return seconds and peak memory with one network at a time on the device."""
     networks = (bench.pipe.sr, bench.pipe.refiner, bench.pipe.movq)
     take_turns(bench.pipe, bench.device)
     gc.collect()

@@ -1,11 +1,11 @@
-"""What loading costs beside decoding: crops per second from shards, against the bare files.
+"""What loading costs beyond decoding: crops per second from shards, against the bare files.
 
-    python -m benchmarks.loader                      # pictures that are made up
+    python -m benchmarks.loader                      # synthetic pictures
     python -m benchmarks.loader --photos FOLDER      # yours
 
-Bare decoding reads the same members in the same order and makes arrays of them: no index, no
-checksum, no crop, no batch. Both take turns in one run. Processor time says what a crop costs,
-whatever else the machine does; crops per second by the clock need an idle one.
+Bare decoding reads the same members in the same order and converts them to arrays: no index, no
+checksum, no crop, no batch. Both alternate in one run. Processor time per crop hardly depends on
+other programs; crops per second by the clock need an idle machine.
 """
 
 import argparse
@@ -53,7 +53,7 @@ CASES = (
 
 
 class Row(NamedTuple):
-    """What a case showed; a share of 1 is as fast as bare decoding."""
+    """Results of a case; a share of 1 is as fast as bare decoding."""
 
     case: str
     crop_px: int
@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
 
 def make_pictures(folder: Path, case: Case) -> None:
-    """Write pictures with edges, flat places and grain: photos compress about like them."""
+    """Write pictures with edges, flat areas and grain, which compress about like photos."""
     generator = np.random.default_rng(0)
     for number in range(case.pictures):
         coarse = generator.integers(0, 256, (case.side_px // 16, case.side_px // 16, 3), np.uint8)
@@ -81,14 +81,14 @@ def make_pictures(folder: Path, case: Case) -> None:
 
 
 def pack(photos: Path, out: Path, tile_px: int | None) -> str:
-    """Pack as `ksr shards pack` does; return what to give as data.shards."""
+    """Pack as `ksr shards pack` does; return the pattern for data.shards."""
     options = PackOptions(0.0, (), 1, 0.0, tile_px, 64)
     report = pack_folder(photos, out, options, num_workers=0, on_progress=lambda *_: None)
     return report.patterns["train"]
 
 
 def datamodule(shards: str, *, crop_px: int, workers: int) -> ShardDataModule:
-    """Return the training's own, as conf/data/shards.yaml sets it."""
+    """Return the training's data module, as conf/data/shards.yaml sets it."""
     module = ShardDataModule(
         window_shards=16, shards=shards, val_shards=None, degradation=BicubicDegradation(2),
         seed=0, num_updates=10**6, crop_px=crop_px, flip_prob=0.5, transpose_prob=0.0,
@@ -101,7 +101,7 @@ def datamodule(shards: str, *, crop_px: int, workers: int) -> ShardDataModule:
 
 
 def members_in_order(module: ShardDataModule, count: int) -> list[tuple[Path, Member]]:
-    """Return where the first positions' files lie."""
+    """Return the locations of the first positions' files."""
     indexes = [read_index(path) for path in module.paths]
     places = [module.plan.locate(position) for position in range(count)]  # type: ignore[union-attr]
     return [(module.paths[p.shard], indexes[p.shard].members[p.member]) for p in places]
@@ -145,7 +145,7 @@ def drain(module: ShardDataModule, count: int) -> None:
 def alternate(
     calls: Sequence[Callable[[], None]], clock: Callable[[], float], repeats: int
 ) -> list[float]:
-    """Return each call's fastest time by a clock, over repeats in turns: noise only slows down."""
+    """Return each call's fastest time by a clock, over repeats in turns: noise only adds."""
     taken: list[list[float]] = [[] for _ in calls]
     for _ in range(repeats + 1):
         for times, call in zip(taken, calls, strict=True):

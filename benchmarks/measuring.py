@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's own rate, times with the device waited for, results."""
+"""Shared by the benchmarks: the device's peak rate, synchronised times, files of results."""
 
 import json
 import statistics
@@ -36,7 +36,7 @@ class Times(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a command took, from its start to its end.
+    """A command's time and memory, from start to end.
 
     Attributes:
         seconds: By the clock.
@@ -50,7 +50,7 @@ class Cost(NamedTuple):
 
 
 def run_command(command: list[str]) -> Cost:
-    """Run a command to its end, its output dropped; leave if it fails."""
+    """Run a command to its end and discard its output; exit if it fails."""
     done = subprocess.run(
         [sys.executable, "-I", STARTER, *command], stdout=subprocess.PIPE, text=True, check=False
     )
@@ -60,7 +60,7 @@ def run_command(command: list[str]) -> Cost:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when the device has done all it was given."""
+    """Synchronise with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -85,12 +85,12 @@ def time_calls(
 
 
 def peak_gb(device: torch.device) -> float:
-    """Return the device memory at its highest since it was last asked to forget; 0 on a CPU."""
+    """Return the peak of device memory since it was last reset; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
 
 
 def matmul_rate(device: torch.device) -> float:
-    """Return the FLOP/s of a large bf16 product of random matrices: the ceiling of this run."""
+    """Return the FLOP/s of a large bf16 product of random matrices, the reference of this run."""
     side, calls = (8192, 10) if device.type == "cuda" else (512, 3)
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
 
@@ -104,14 +104,14 @@ def matmul_rate(device: torch.device) -> float:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Say how long a part of the benchmark took."""
+    """Print how long a part of the benchmark took."""
     start = time.perf_counter()
     yield
     print(f"[{time.perf_counter() - start:6.1f} s] {name}", flush=True)
 
 
 def today() -> str:
-    """Return the date in Greenwich, as results carry it."""
+    """Return the date in UTC, for the results."""
     return datetime.now(UTC).date().isoformat()
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.memory                               # a tiny model of random weights
     python -m benchmarks.memory --model exports/ksr_flash --photo photo.png --scales 2 4 8 16
 
-Each scale runs in a process of its own, and the smaller ones again in a single tile: what it would
-take without tiles.
+Each scale runs in a process of its own, and the smaller ones again in a single tile, to show the
+memory without tiles.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def make_photo(path: Path, side: int) -> Path:
 def upscale(
     options: argparse.Namespace, model: Path, photo: Path, scale: float, out: Path, tile: str
 ) -> Cost:
-    """Return what one picture costs, written to a file."""
+    """Return the cost of enlarging one picture to a file."""
     return run_command(
         [sys.executable, "-c", "from ksr_distill.cli import main; main()", "upscale",
          str(photo), "-o", str(out), "--model", str(model), "--scale", f"{scale:g}",

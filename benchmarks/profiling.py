@@ -1,4 +1,4 @@
-"""Where the device's time goes: kernels by name, by kind, and the gaps between them."""
+"""Profiles of the device: kernels by name and by kind, and the gaps between them."""
 
 import time
 from collections.abc import Callable
@@ -20,7 +20,7 @@ KINDS = {
 
 
 def kind_of(kernel: str) -> str:
-    """Return what sort of work a kernel does, by its name."""
+    """Return a kernel's kind of work, by its name."""
     name = kernel.lower()
     order = ("compiled", "collective", "optimiser", "convolution", "matrix product", "norm", "copy")
     return next((k for k in order if any(part in name for part in KINDS[k])), "elementwise")

@@ -4,9 +4,9 @@ r"""The numbers of docs/results.md: bicubic, a teacher and its students on sets 
         --set Set5=~/benchmarks/Set5/x2 --set Set14=~/benchmarks/Set14/x2 --set photos=~/photos
 
 A model is a folder, or the name of one that comes with the package. A set is a folder of NAME_HR.*
-beside NAME_LR.*, or of photos, which the bicubic recipe reduces. One command makes one section of
-docs/results.json, x2 for pairs of ×2, and leaves the others alone; a study of several students with
-as many steps has a section and names of its own:
+beside NAME_LR.*, or of photos, which are reduced bicubically. One command writes one section of
+docs/results.json, x2 for pairs of ×2, and keeps the others; a study of several students with equal
+numbers of steps has a section and names of its own:
 
     python -m benchmarks.proof --section critic --teacher mini_x2_teacher --teacher-steps 100 \
         --students shipped=mini_x2 without_features=exports/without_features --set …
@@ -56,7 +56,7 @@ METRICS = (
     "colour_mean_drift",
 )
 SEVERAL_SEEDS_UP_TO_STEPS = 8
-"""A teacher's hundred steps are drawn once: they take most of the time, and spread as little."""
+"""A teacher's hundred steps are drawn once: they take most of the time, and vary little."""
 
 Means = dict[str, float]
 
@@ -116,7 +116,7 @@ def load_set(folder: Path, scale: int, *, photo_crop_px: int | None = None) -> l
 
 
 def centre_of(pair: Pair, side: int, scale: int) -> Pair:
-    """Return the centre of a photo, and of what was reduced from all of it."""
+    """Return the centre of a photo, and the centre of its lowres."""
     if pair.hires is None:
         return pair
     top, left = ((length - side) // 2 // scale * scale for length in pair.hires.shape[-2:])
@@ -160,13 +160,13 @@ def measure_model(
 
 
 def estimates(upscaled: Upscaled) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (step, x̂ in [-1, 1]) of what the upscaler kept."""
+    """Yield (step, pred_x_0 in [-1, 1]) of the recorded estimates."""
     for step, image in upscaled.estimates:
         yield step, from_levels(image)
 
 
 def values(image: torch.Tensor, pair: Pair, number: int, scale: int, device: torch.device) -> Means:
-    """Return the metrics of one output, as a file would keep it."""
+    """Return the metrics of one output, rounded as in a file."""
     if pair.hires is None:
         raise ValueError("a set without originals cannot be measured; give photos or pairs")
     saved = round_to_8_bit(image.to(device).float())
@@ -182,7 +182,7 @@ def means(rows: Sequence[Mapping[str, float]]) -> Means:
 
 
 def facts(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return how, with what and on what it was measured."""
+    """Return the settings, software and hardware of the measurement."""
     asked = ["git", "rev-parse", "HEAD"]
     commit = (
         subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
@@ -208,7 +208,7 @@ def record(path: Path, section: str, document: Mapping[str, Any]) -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    """Return what to compare, and on what."""
+    """Return the options: the models and the sets."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--section", help="of the file; x2 for --scale 2")
     parser.add_argument("--teacher", nargs="*", default=[], help="MODEL or NAME=MODEL")

@@ -1,10 +1,10 @@
-"""Fill docs/results.md from docs/results.json, so that no number in it is typed.
+"""Fills docs/results.md from docs/results.json, so that no number in a table is typed.
 
-Every part between <!-- begin SECTION PART --> and <!-- end --> is made anew from that section:
+Every part between <!-- begin SECTION PART --> and <!-- end --> is generated from that section:
 
     python -m benchmarks.proof_page
 
-With --check it writes nothing and ends with 1 where page and numbers disagree.
+With --check it writes nothing and exits with 1 where page and numbers disagree.
 """
 
 import argparse
@@ -32,7 +32,7 @@ Models = Mapping[str, Mapping[str, Any]]
 
 
 class Claim(NamedTuple):
-    """One thing that the models must show.
+    """A requirement on the models.
 
     Attributes:
         values: What was measured, with its unit.
@@ -44,7 +44,7 @@ class Claim(NamedTuple):
 
 
 def fill(page: str, results: Mapping[str, Any]) -> str:
-    """Return the page with every generated part made anew.
+    """Return the page with every generated part replaced.
 
     Raises:
         ValueError: If nothing makes a part of that name, or its section was not measured.
@@ -74,7 +74,7 @@ def fill(page: str, results: Mapping[str, Any]) -> str:
 
 
 def how(results: Mapping[str, Any]) -> str:
-    """Return on what the numbers were measured."""
+    """Return the sentence on how the numbers were measured."""
     settings = results["settings"]
     commit = f", commit {settings['commit'][:7]}" if settings.get("commit") else ""
     return (
@@ -121,7 +121,7 @@ def counts(results: Mapping[str, Any]) -> str:
 
 
 def steps(results: Mapping[str, Any]) -> str:
-    """Return what each student is after each of its steps."""
+    """Return the metrics of each student's estimate after each of its steps."""
     rows = [["set", "student", "after step", *(title for _, title, _ in COLUMNS[:3])]]
     rows.append(["---"] * len(rows[0]))
     for name, one in results["sets"].items():
@@ -157,7 +157,7 @@ def commands(results: Mapping[str, Any]) -> str:
 
 
 def claims_table(results: Mapping[str, Any]) -> str:
-    """Return what was asked of the models, and what was measured."""
+    """Return the requirements on the models, and what was measured."""
     rows = [["asked", "measured", "kept"], ["---"] * 3]
     rows += [[c.text, c.values, "yes" if c.is_kept else "**no**"] for c in claims(results)]
     return as_table(rows)

@@ -1,11 +1,12 @@
-r"""The pictures of docs/results.md, drawn from photos of the scikit-image wheel.
+r"""Draws the pictures of docs/results.md, from photos of the scikit-image wheel.
 
     python -m benchmarks.proof_pictures --teacher mini_x2_teacher --students mini_x2 \
         --strip mini_x2 mini_x4 --curves teacher teacher=outputs/ksr_teacher_mini/metrics.csv
     python -m benchmarks.proof_pictures --scale 4 --teacher exports/teacher_x4 --students mini_x4
     python -m benchmarks.proof_pictures --ablations benchmarks/results/ablations.json
 
-No shipped model was trained on these photos, and they may be shown. Some minutes on two CPU cores.
+No shipped model was trained on these photos, and their licences allow showing them. Some minutes on
+two CPU cores.
 """
 
 import argparse
@@ -81,7 +82,7 @@ STRIP = Place("chelsea", 150, 96, STRIP_SOURCE_PX, 1)
 
 
 def original(place: Place, *, context_px: int = 0) -> torch.Tensor:
-    """Return a place of a photo in [-1, 1], with some of its surroundings."""
+    """Return a crop of a photo in [-1, 1], with some of its surroundings."""
     suffix = "jpg" if place.photo == "rocket" else "png"
     whole = read_image(locate(SamplePhoto("skimage", f"data/{place.photo}.{suffix}")))
     top, left = max(0, place.top - context_px), max(0, place.left - context_px)
@@ -94,7 +95,7 @@ def original(place: Place, *, context_px: int = 0) -> torch.Tensor:
 def compare(
     place: Place, upscalers: Mapping[str, Upscaler], scale: int = 2
 ) -> list[tuple[str, Image.Image]]:
-    """Return the place as each model makes it from its half or quarter, and the original."""
+    """Return the crop as each model restores it from a half or a quarter, and the original."""
     hires = original(place, context_px=CONTEXT_PX)
     lowres = BicubicDegradation(scale)(hires, generator=generator_for(0))
     top, left = min(CONTEXT_PX, place.top), min(CONTEXT_PX, place.left)
@@ -181,7 +182,7 @@ def write_curves(runs: Mapping[str, Path], path: Path) -> None:
 
 
 def write_frontier(rows: Mapping[str, Any], path: Path) -> None:
-    """Write where each change of the game ends, and the way of the longest."""
+    """Plot the final metrics of each change, and the course of the longest run."""
     ended = {name: row["validation"] for name, row in rows.items() if "validation" in row}
     longest = max((row for row in rows.values() if "curves" in row), key=lambda r: r["updates"])
     way = [[value for _, value in longest["curves"][key]] for key in ("val/psnr_y", "val/swd")]
@@ -217,7 +218,7 @@ def models_of(
 
 
 def parse_options() -> argparse.Namespace:
-    """Return what to draw."""
+    """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", nargs="*", default=[], help="MODEL or NAME=MODEL")
     parser.add_argument("--teacher-steps", type=int, nargs="*", default=[1, 100])

@@ -1,14 +1,14 @@
-"""Whether a second device doubles the work, and whether the device ever waits for data.
+"""The speed of a second device, and how long the devices wait for data.
 
     python -m benchmarks.scaling            # one and two GPUs: train.py +experiment=ksr_flash
     python -m benchmarks.scaling --teacher  # a teacher launched by Python, under DDP
     python -m benchmarks.scaling --tiny     # one and two processes of a CPU (gloo)
 
 Each number of processes is a run of train.py under torchrun on shards of pictures, with the same
-batch for each process; speeds are those that the run itself logs, medians of its windows. The most
-processes come first: what they compile, the others find. After them a run of two processes is
-ended, continued by the same command, and its weights compared between the ranks. Results are
-written as they come: a benchmark that is ended leaves what it had.
+batch for each process; speeds are those that the run itself logs, medians of its windows. The
+largest number of processes comes first, so that the others find its compiled code. Afterwards a run
+of two processes is stopped, continued by the same command, and its weights compared between the
+ranks. Results are written as they come, so that a stopped benchmark keeps them.
 """
 
 import argparse
@@ -39,7 +39,7 @@ QUIET = ("trainer.val_check_interval=1.0", "+trainer.enable_progress_bar=false",
          "validate_every=100000", "logger=default")  # fmt: skip
 SIZES = {
     "full": ("+experiment=ksr_flash", *STEADY),
-    # What loads the links most: all gradients of the full-size network, with the least arithmetic.
+    # The highest load on the links: all gradients of the full-size network, the least arithmetic.
     "teacher": ("module=teacher", "loss=denoising", "model=ksr_x2", "model.dropout=0.0",
              "data.crop_px=256", "compile_networks=blocks"),
     "mini": ("+experiment=ksr_teacher_mini",),
@@ -51,13 +51,13 @@ GAME = ("model=tiny", "critic=tiny", "compile_networks=false", "data.crop_px=64"
 
 
 class Ranks(Callback):
-    """Notes at the end whether all ranks hold the same weights, bit for bit."""
+    """Records at the end whether all ranks hold the same weights, bit for bit."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare checksums of everything that training moves."""
+        """Compare checksums of everything that training changes."""
         sha = hashlib.sha256()
         for name, parameter in pl_module.named_parameters():
             if parameter.requires_grad or "_ema." in name:
@@ -79,7 +79,7 @@ def work(overrides: list[str], folder: Path, *, saves: bool) -> None:
     Args:
         overrides: Of conf/train.yaml.
         folder: The run's.
-        saves: Whether the run writes checkpoints; a short one would do little else.
+        saves: Whether the run writes checkpoints, which would dominate a short one.
     """
     sys.path.insert(0, str(Path(__file__).parents[1]))
     import train  # noqa: PLC0415 - the script; only a worker needs it
@@ -104,7 +104,7 @@ def run(overrides: list[str], folder: Path, processes: int, *, saves: bool = Fal
     """Run train.py's training in processes; return its folder.
 
     Raises:
-        SystemExit: If it failed; shows the end of what it said.
+        SystemExit: If it failed; with the end of its output.
     """
     folder.mkdir(parents=True, exist_ok=True)
     told = [*overrides, f"trainer.devices={processes}"]
@@ -138,7 +138,7 @@ def logged(folder: Path, metric: str) -> list[float]:
 
 
 def speed_of(folder: Path, processes: int) -> dict[str, float]:
-    """Return what a run logged about its speed."""
+    """Return the speeds that a run logged."""
     waits = [max(logged(folder, f"rank/{r}/loader_wait_share")) for r in range(processes)]
     return {
         "processes": processes,
@@ -197,7 +197,7 @@ def print_table(rows: Sequence[dict[str, float]]) -> None:
 
 
 def check_resume(shards: str, folder: Path, *, on_cpu: bool) -> dict[str, Any]:
-    """End a game of two processes after 8 updates, continue it to 12; return what it said."""
+    """Stop a distillation on two processes after 8 updates, continue to 12; return the outcome."""
     config = composed("model=tiny")
     teacher = write_random_teacher(folder / "teacher", config["model"])
     overrides = [*GAME, *QUIET, f"teacher={teacher}", f"data.shards='{shards}'", "log_every=4",

@@ -1,12 +1,12 @@
-"""Put model folders into the package, in half precision, and write every model's card anew.
+"""Puts model folders into the package, in half precision, and rewrites every model card.
 
     ksr export outputs/ksr_flash_mini/checkpoints/last.ckpt exports/flash_4
     python -m benchmarks.ship_model mini_x2=exports/flash_4
     python -m benchmarks.proof --students mini_x2 …    # measures what is shipped
     python -m benchmarks.ship_model                    # puts the numbers onto the cards
 
-benchmarks/shipped.json says of each model what it is, how it was trained, and which rows of
-docs/results.json are its numbers.
+benchmarks/shipped.json describes each model and its training, and names its rows of
+docs/results.json.
 """
 
 import argparse

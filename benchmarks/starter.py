@@ -2,8 +2,8 @@
 
     python benchmarks/starter.py COMMAND ...
 
-A process of its own, and a small one: Linux counts what the starting process ever held as the peak
-of the started one, so that nothing can be measured below the starter. Its own are 12 MB.
+A small process of its own: Linux counts the peak memory of the starting process as that of the
+started one, so that nothing below the starter's own 12 MB can be measured.
 """
 
 import os
@@ -13,7 +13,7 @@ import time
 
 
 def main(command: list[str]) -> None:
-    """Run the command, its output dropped; end with an error if it fails."""
+    """Run the command and discard its output; exit with an error if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -2,8 +2,8 @@
 
 python -m benchmarks.startup
 
-Every start is a process of its own; the kinds take turns, so that a busy moment meets all of them.
-Processor time hardly depends on what else runs; where the clock shows more, the machine was busy.
+Every start is a process of its own; the commands alternate, so that other load affects them alike.
+Processor time hardly depends on that load; where the clock shows more, the machine was busy.
 """
 
 import argparse
@@ -25,7 +25,7 @@ COMMANDS = {
 
 
 def measure(starts: int) -> dict[str, list[Cost]]:
-    """Return many starts of each command, after one that fills the disk's cache."""
+    """Return many starts of each command, after one that fills the page cache."""
     for command in COMMANDS.values():
         run_command(command)
     taken: dict[str, list[Cost]] = {name: [] for name in COMMANDS}

@@ -1,15 +1,15 @@
-"""How fast an update of training is, against the arithmetic it needs and against plain PyTorch.
+"""The speed of an update, against the arithmetic it needs and against plain PyTorch.
 
     python -m benchmarks.training                 # full size: 16 crops of 256², 4 of 512²
     python -m benchmarks.training --mini          # the shipped small model's teacher and student
     python -m benchmarks.training --tiny          # seconds on a CPU
     python -m benchmarks.training --mini --profile
-    python -m benchmarks.training --compile-only  # minutes; the next start finds it compiled
+    python -m benchmarks.training --compile-only  # minutes; fills the compiler's cache
     python -m benchmarks.training --only 1 --add  # one case; the file's other rows stay
     python -m benchmarks.training --also compile_networks=networks
 
 Cases run at the same time, on a device each if there are as many, and are measured one after the
-other. Rows are written as they come: a run that is ended leaves what it had.
+other. Rows are written as they come, so that a stopped run keeps them.
 
 ``ours`` is what conf/train.yaml sets, with each kind of block compiled once and updates replayed as
 CUDA graphs; ``eager`` is the same algorithm without either, in PyTorch's own memory format, and
@@ -63,8 +63,8 @@ from ksr_distill.training.base import UpdateModule
 from ksr_distill.training.cuda_graphs import WARM_UPS
 from ksr_distill.types import Batch
 
-# Draws are a function of the update: all rows see the same. In these four the student is rolled out
-# once, three times, not at all, not at all: a forward pass in the mean; in the long run it is 1.1.
+# Draws are a function of the update, so all rows have the same. In these four the student is rolled
+# out once, three times, not at all, not at all: on average one forward pass; in a run it is 1.1.
 FIRST_UPDATE, CALLS = 106, 4
 
 
@@ -103,7 +103,7 @@ FULL = (
     "cuda_graphs=true",
     *STEADY,
 )
-TINY = ("model=tiny", "compile_networks=false")  # a CPU compiles for longer than a test may take
+TINY = ("model=tiny", "compile_networks=false")  # compiling on a CPU takes longer than a test may
 CASES = {
     "full": (Case("full size", FULL, 16, 256), Case("full size", FULL, 4, 512)),
     "mini": (
@@ -139,52 +139,52 @@ class Bench:
         self.captured_gb = 0.0
         self.rate = matmul_rate(device)
 
-    def play(self, turn: str) -> None:
+    def run_turn(self, turn: str) -> None:
         """Make one update, each time another of the ``calls`` ones."""
         self.module.update = FIRST_UPDATE + self.module.update % self.calls
         self.turns[turn](self.module, self.batch)
 
     def lay_out(self, memory_format: torch.memory_format) -> None:
-        """Give weights, averages and moments a memory format; capture them where they lie now."""
+        """Give weights, averages and moments a memory format; drop graphs of the old addresses."""
         self.module.to(memory_format=memory_format)
         renew_optimizers(self.module)
         self.module.make_graph_runner()
 
     def count(self) -> None:
-        """Count the arithmetic of the updates that will be timed, on one picture of the batch."""
+        """Count the operations of the updates that will be timed, on one picture of the batch."""
         whole, self.batch = self.batch, Batch(*(tensor[:1] for tensor in self.batch))
-        torch.backends.cudnn.benchmark = False  # no trials of algorithms for shapes that come once
+        torch.backends.cudnn.benchmark = False  # no autotuning for shapes that occur once
         with self.module.eager():
             for turn in self.turns:
                 with ArithmeticCounter() as counter:
                     for _ in range(self.calls):
-                        self.play(turn)
+                        self.run_turn(turn)
                 flops = counter.get_total_flops() / self.calls
                 self.flops[turn] = flops * self.case.batch_size
         self.batch = whole
         torch.backends.cudnn.benchmark = True
 
     def warm_up(self) -> None:
-        """Compile what compiles; say how it goes, for it takes minutes."""
+        """Compile the networks, and print the progress, since it takes minutes."""
         for number in range(self.calls):
             with phase(f"{self.case.name}, {self.case.crop_px}²: update {number + 1} compiled"):
-                self.play("update")
+                self.run_turn("update")
                 wait_for(self.device)
         self.capture("update")
 
     def capture(self, turn: str) -> None:
-        """Run a turn until it is captured, if it is; note the peak: replays allocate nothing."""
+        """Run a turn until it is captured; record the peak memory, since replays allocate none."""
         for _ in range(WARM_UPS + 1):
-            self.play(turn)
+            self.run_turn(turn)
         self.captured_gb = peak_gb(self.device) if self.module.graphs.backend else 0.0
 
     def rows(self, mode: str, *, repeats: int, turns: Sequence[str] | None = None) -> list[Row]:
-        """Time turns; all, if none are named."""
+        """Time the named turns; by default all."""
         timed = []
         for turn in turns or self.turns:
             self.capture(turn)
             times = time_calls(
-                partial(self.play, turn), calls=self.calls, repeats=repeats, device=self.device
+                partial(self.run_turn, turn), calls=self.calls, repeats=repeats, device=self.device
             )
             timed.append(self.as_row(turn, mode, times))
         return timed
@@ -218,7 +218,7 @@ def run_case(
     """Measure a case; beside other cases: prepare together, measure alone.
 
     Args:
-        keep: Is given the rows that there are after each part.
+        keep: Called after each part with the rows so far.
     """
     device = torch.device(options.device)
     name = f"{case.name}, {case.crop_px}²"
@@ -239,7 +239,7 @@ def run_case(
             rows = bench.rows("ours", repeats=1 if options.quick else 3)
             keep(rows)
             if options.profile:
-                print_profile(partial(bench.play, "update"), calls=options.calls, device=device)
+                print_profile(partial(bench.run_turn, "update"), calls=options.calls, device=device)
             release(device)
             bench.lay_out(torch.contiguous_format)
             rows += bench.eager_rows("eager", repeats=1, turns=["update"])
@@ -250,7 +250,7 @@ def run_case(
 
 
 def release(device: torch.device) -> None:
-    """Give cached memory back: another case may be waiting for it."""
+    """Release cached memory, which another case may need."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -268,14 +268,14 @@ def locked(path: Path | None, kind: int) -> Iterator[None]:
 
 @contextmanager
 def beside_others(lock: Path | None) -> Iterator[None]:
-    """Build or compile while others do."""
+    """Hold the lock shared, to build or compile while others do."""
     with locked(lock, fcntl.LOCK_SH):
         yield
 
 
 @contextmanager
 def alone(lock: Path | None) -> Iterator[None]:
-    """Wait until nobody else compiles or measures."""
+    """Hold the lock exclusively, to measure while no other case compiles or measures."""
     with locked(lock, fcntl.LOCK_EX):
         yield
 
@@ -318,9 +318,9 @@ def device_of(number: int) -> dict[str, str]:
 def run_side_by_side(
     options: argparse.Namespace, numbers: Sequence[int], keep: Callable[[list[Row]], None]
 ) -> list[Row]:
-    """Return all cases' rows, from a process each: compiling takes most of the time.
+    """Return all cases' rows, from a process each, since compiling takes most of the time.
 
-    A case that is not ready in time is ended; what it had measured by then stays.
+    A case that is not ready in time is stopped; the rows that it has measured are kept.
     """
     threads = max(2, (os.cpu_count() or 2) // len(numbers))
     environment = {"TORCHINDUCTOR_COMPILE_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
@@ -352,13 +352,13 @@ def keep_new(rows: list[Row], found: list[Row], keep: Callable[[list[Row]], None
 
 
 def rows_in(folder: Path) -> list[Row]:
-    """Return what the cases have written so far."""
+    """Return the rows that the cases have written so far."""
     files = sorted(folder.glob("*.json"))
     return [Row(**row) for file in files for row in json.loads(file.read_text())]
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """Replace a file of rows in one piece: another process may be reading it."""
+    """Replace a file of rows atomically, since another process may be reading it."""
     new = path.with_suffix(".new")
     new.write_text(json.dumps([row._asdict() for row in rows]))
     new.replace(path)
@@ -395,13 +395,13 @@ def print_table(rows: list[Row]) -> None:
 
 
 def against_one_rate(rows: list[Row]) -> list[Row]:
-    """Return rows with shares of the run's fastest bf16 product: a disturbed one is no ceiling."""
+    """Return rows with shares of the run's fastest bf16 product, since others were disturbed."""
     best = max((row.matmul_tflops for row in rows), default=math.nan)
     return [r._replace(share_of_matmul=r.tflops / best, matmul_tflops=best) for r in rows]
 
 
 def summary_of(rows: list[Row]) -> dict[str, float]:
-    """Return the figures to remember: of the whole update, the worst of the cases."""
+    """Return the headline figures: the worst case's of the whole update."""
 
     def of(mode: str) -> dict[tuple[str, int], Row]:
         return {(r.case, r.crop_px): r for r in rows if r.what == "update" and r.mode == mode}

@@ -66,16 +66,16 @@ def test_runs_are_what_was_asked_for_and_end_with_their_own_change(tmp_path):
 def test_as_many_runs_at_once_as_devices_and_an_error_is_told(tmp_path, monkeypatch):
     now, most = [], []
 
-    def play(run, device):
+    def train(run, device):
         now.append(device)
         most.append(len(now))
         time.sleep(0.05)
         now.remove(device)
         return "error: no such key" if run.name == "gamma_1" else None
 
-    monkeypatch.setattr(ablations, "play", play)
+    monkeypatch.setattr(ablations, "train", train)
     runs = ablations.runs_of(options(tmp_path))
-    ended = {run.name: error for run, _, error in ablations.played(runs, ["0", "1", "0"])}
+    ended = {run.name: error for run, _, error in ablations.trained(runs, ["0", "1", "0"])}
     assert ended.keys() == CHANGES["rows"].keys()
     assert [name for name, error in ended.items() if error] == ["gamma_1"]
     assert max(most) == 3
