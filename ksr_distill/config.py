@@ -96,7 +96,7 @@ def check_val_sides(data: Mapping[str, Any], *, multiple: int) -> None:
 
 
 def check_warmup(config: Mapping[str, Any]) -> None:
-    """Refuse a game that ends before the student has moved: its export would be the teacher."""
+    """Refuse a run that ends before the student's first update: it would export the teacher."""
     game = config["loss"].get("game") if "game" in config["module"] else None
     if not game:
         return
@@ -104,8 +104,8 @@ def check_warmup(config: Mapping[str, Any]) -> None:
     if alone >= config["num_updates"]:
         raise ValueError(
             f"loss.game.critic_warmup_updates={game['critic_warmup_updates']} with num_updates="
-            f"{config['num_updates']}: the critic would play alone for the first {alone} updates "
-            "and the student never move; use a shorter warm-up, or a longer run"
+            f"{config['num_updates']}: the critic would train alone for the first {alone} updates "
+            "and the student never change; use a shorter warm-up, or a longer run"
         )
 
 

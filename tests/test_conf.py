@@ -152,7 +152,7 @@ def test_every_option_of_every_group_composes(group, option, teacher):
             ["data.val_shards=v.tar", "data.val_crop_px=null", "data.val_side_multiple=2"],
             "data.val_side_multiple=2 is not a multiple of 4",
         ),
-        (["num_updates=500"], "the student never move; use a shorter warm-up"),
+        (["num_updates=500"], "the student never change; use a shorter warm-up"),
         (["num_updates=501", "loss.game.critic_updates_per_student=2"], "alone for the first 501"),
         (["teacher=nowhere"], "teacher=nowhere does not exist; give a folder"),
         (["teacher=null"], "teacher=null: a distillation needs a teacher"),

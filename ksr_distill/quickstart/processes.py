@@ -56,7 +56,10 @@ def run_measured(command: Sequence[str]) -> Usage:
         CommandInterruptedError: If the user interrupts.
     """
     begin, peak = time.monotonic(), 0.0
-    with subprocess.Popen(_of_this_environment(command)) as process, told_to_stop(process) as told:
+    with (
+        subprocess.Popen(_of_this_environment(command)) as process,
+        forward_signals(process) as signals,
+    ):
         while process.poll() is None:
             peak = max(peak, resident_gb_of_tree())
             try:
@@ -64,7 +67,7 @@ def run_measured(command: Sequence[str]) -> Usage:
             except subprocess.TimeoutExpired:
                 continue
     usage = Usage(time.monotonic() - begin, peak)
-    if told:
+    if signals:
         raise CommandInterruptedError(usage)
     if process.returncode != 0:
         raise CommandFailedError(command, process.returncode, usage)
@@ -72,21 +75,21 @@ def run_measured(command: Sequence[str]) -> Usage:
 
 
 @contextmanager
-def told_to_stop(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+def forward_signals(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM, and forward SIGTERM to the command.
 
     A terminal sends Ctrl-C to the command as well.
     """
-    told: list[int] = []
+    signals: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        told.append(number)
+        signals.append(number)
         if number != signal.SIGINT:
             process.send_signal(number)
 
     former = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield told
+        yield signals
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
