@@ -92,13 +92,13 @@ def train(run: Run, device: str | None) -> str | None:
     environment = dict(os.environ)
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
-    said = run.folder / "log.txt"
+    log_file = run.folder / "log.txt"
     command = [sys.executable, "train.py", *run.overrides, f"hydra.run.dir={run.folder}"]
-    with said.open("w") as log:
+    with log_file.open("w") as log:
         done = subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False
         )
-    return (said.read_text().splitlines() or ["no word"])[-1] if done.returncode else None
+    return (log_file.read_text().splitlines() or ["no output"])[-1] if done.returncode else None
 
 
 def trained(

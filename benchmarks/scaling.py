@@ -67,10 +67,10 @@ class Ranks(Callback):
             digests = [""] * dist.get_world_size()
             dist.all_gather_object(digests, sha.hexdigest())
         if trainer.is_global_zero:
-            told = {"equal": len(set(digests)) == 1, "ranks": len(digests), "digest": digests[0],
+            state = {"equal": len(set(digests)) == 1, "ranks": len(digests), "digest": digests[0],
                     "backend": dist.get_backend() if dist.is_initialized() else None,
                     "updates": getattr(pl_module, "update", 0)}  # fmt: skip
-            self.path.write_text(json.dumps(told))
+            self.path.write_text(json.dumps(state))
 
 
 def work(overrides: list[str], folder: Path, *, saves: bool) -> None:
@@ -107,11 +107,11 @@ def run(overrides: list[str], folder: Path, processes: int, *, saves: bool = Fal
         SystemExit: If it failed; with the end of its output.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    told = [*overrides, f"trainer.devices={processes}"]
+    arguments = [*overrides, f"trainer.devices={processes}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc-per-node={processes}", "-m", "benchmarks.scaling",
                "--work", str(folder), *(["--saves"] if saves else []),
-               "--overrides", *told]  # fmt: skip
+               "--overrides", *arguments]  # fmt: skip
     environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ}
     began = time.monotonic()
     with (folder / "log.txt").open("a") as log:
@@ -179,7 +179,7 @@ def measure_speed(
 
 
 def summary_of(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
-    """Return what the results' file says of the speeds."""
+    """Return the content of the results' file."""
     by_count = {row["processes"]: row for row in rows}
     summary = {"rows": rows, "wait_share": max(row["wait_share"] for row in rows)}
     if {1, 2} <= by_count.keys():
@@ -206,12 +206,12 @@ def check_resume(shards: str, folder: Path, *, on_cpu: bool) -> dict[str, Any]:
     run([*overrides, "num_updates=8"], out, 2, saves=True)
     run([*overrides, "num_updates=12"], out, 2, saves=True)
     starts = [json.loads(line) for line in (out / "starts.jsonl").read_text().splitlines()]
-    told = json.loads((out / "ranks.json").read_text())
+    state = json.loads((out / "ranks.json").read_text())
     return {
-        "backend": told["backend"],
+        "backend": state["backend"],
         "resumed_from": starts[-1]["from_update"],
-        "ended_at": told["updates"],
-        "equal_ranks": told["equal"],
+        "ended_at": state["updates"],
+        "equal_ranks": state["equal"],
     }
 
 

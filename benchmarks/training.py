@@ -380,7 +380,7 @@ def rows_of(path: Path) -> list[Row]:
 
 
 def as_results(rows: list[Row]) -> dict[str, Any]:
-    """Return what the results' file says."""
+    """Return the content of the results' file."""
     return {**summary_of(rows), "rows": [row._asdict() for row in rows]}
 
 
@@ -456,7 +456,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     print_table(against_one_rate(rows))
     if not rows:
-        raise SystemExit("error: no case was measured; what they said is above")
+        raise SystemExit("error: no case was measured; see the output above")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def check_strategy(config: Mapping[str, Any], *, world_size: int) -> None:
         )
     if strategy not in STRATEGIES:
         raise ValueError(
-            f"trainer.strategy={strategy!r} would wrap both players as one; use auto (a DDP for "
+            f"trainer.strategy={strategy!r} would wrap both networks as one; use auto (a DDP for "
             "each network) or fsdp (their weights in shards)"
         )
     if strategy == "fsdp" and world_size == 1:

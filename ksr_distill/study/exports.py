@@ -36,8 +36,8 @@ def write_votes_csv(path: Path, votes: list[Vote]) -> None:
         for vote in votes:
             about = (vote.id, vote.name, vote.kind, vote.pair, vote.prompt_id, _cell(vote.category))
             seconds = f"{vote.milliseconds / 1000:.3f}"
-            said = (vote.left, vote.choice, vote.outcome, seconds, _iso(vote.at))
-            writer.writerow([*about, *said])
+            answer = (vote.left, vote.choice, vote.outcome, seconds, _iso(vote.at))
+            writer.writerow([*about, *answer])
 
 
 def _cell(text: str) -> str:

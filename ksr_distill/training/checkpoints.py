@@ -80,7 +80,7 @@ def lay_out_as_parameters(optimizers: Iterable[Optimizer]) -> None:
 class RunCheckpoint(Checkpoint):
     """Saves a run so that the same command continues it, bit for bit.
 
-    Saves at the end of an update only (between the players' turns a run cannot be continued), every
+    Saves at the end of an update only (between the two turns a run cannot be continued), every
     so many updates and every so many minutes by its own clock: Lightning's never fires under manual
     optimisation.
     """

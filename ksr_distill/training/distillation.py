@@ -419,7 +419,7 @@ class DistillationModule(UpdateModule):
         return self.network_updates["student"]
 
     def trainable_networks(self) -> dict[str, nn.Module]:
-        """Return the players in the order of their turns."""
+        """Return critic and student, in the order of their turns."""
         return {"critic": self.critic.heads, "student": self.student}
 
     @property

@@ -1,7 +1,7 @@
 """Preemption: all ranks save together at the end of an update, and the job is requeued.
 
 Lightning's own requeue saves inside the signal handler. Two ranks 0.15 s apart deadlocked 4 of 4
-times, preemption with a grace time lost 5 of 5 runs, and between the two players' turns it saved
+times, preemption with a grace time lost 5 of 5 runs, and between the two turns it saved
 weights that no uninterrupted run has (docs/reliability.md). Here the handler only notes the signal.
 """
 

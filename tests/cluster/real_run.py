@@ -110,7 +110,7 @@ def run_train(
     Args:
         files: Where shards and teacher lie.
         attempt: Counts the restarts; a later attempt's reading of an update is the one that counts.
-        die: After how many updates, and where ("turn": between the players', "save": while saving).
+        die: After how many updates, and where ("turn": between the turns, "save": while saving).
     """
     import train  # noqa: PLC0415, the script: pytest's own process need not import it
 

@@ -1,4 +1,4 @@
-"""The pieces around the game: rates, averages, balance, AUC, curves."""
+"""Parts of the training: rates, averages, balance, AUC, curves."""
 
 import csv
 
