@@ -230,7 +230,7 @@ def test_a_validation_that_a_run_was_killed_in_is_made_up_for(tmp_path: Path) ->
 
 
 def test_a_validation_that_is_made_up_for_leaves_its_updates_other_figures(tmp_path: Path) -> None:
-    def log_and_die(module: TwoPlayers, place: str) -> None:
+    def log_and_die(module: TwoNetworks, place: str) -> None:
         if place == "end of the update":
             values = {"train/loss": float(module.update), "speed/updates_per_s": 1.0}
             module.loggers[0].log_metrics(values, step=module.update)
@@ -238,12 +238,12 @@ def test_a_validation_that_is_made_up_for_leaves_its_updates_other_figures(tmp_p
             module.loggers[0].log_metrics({"val/swd": 0.5}, step=module.update)
             raise KeyboardInterrupt
 
-    def log(module: TwoPlayers, place: str) -> None:
+    def log(module: TwoNetworks, place: str) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             log_and_die(module, place)
 
     for at in (log_and_die, log):
-        module = TwoPlayers()
+        module = TwoNetworks()
         module.at = at
         with pytest.raises(SystemExit) if at is log_and_die else contextlib.nullcontext():
             train(

@@ -152,7 +152,7 @@ def test_transparency_goes_to_the_device_that_the_colour_is_on(monkeypatch):
         assert (strip.device.type, strip.shape, bits) == ("meta", (4, 2, 3), 8)
         return np.zeros((2, 3, 4), np.uint8)
 
-    monkeypatch.setattr("ksr_distill.inference.writing.quantised", levels)
+    monkeypatch.setattr("ksr_distill.inference.pictures.writing.quantised", levels)
     alpha = TensorRaster(torch.ones(1, 2, 3))
     stream = PngStream(OnADevice(), alpha, bits=8, is_grey=False)
     assert stream._rows(Window(0, 0, 2, 3)) == bytes(2 * (1 + 3 * 4))
