@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from benchmarks.measuring import RESULTS, write_results
@@ -160,6 +161,7 @@ def measure(case: Case, shards: str, *, positions: int, workers: int, repeats: i
     module = datamodule(shards, crop_px=case.crop_px, workers=0)
     members = members_in_order(module, positions)
     dataset: Any = module._training_loader().dataset
+    torch.set_num_threads(1)  # as in a worker; others would spin, and their time would count
     bare_cpu, crop_cpu = alternate(
         [lambda: decode_bare(members), lambda: load_batches(dataset, positions)],
         time.process_time,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from ksr_distill.data.reader import HiresSample, PictureDataset
 
@@ -183,9 +183,12 @@ def explain_lost_worker(error: Exception) -> None:
 
 
 def collate_update(samples: list[HiresSample]) -> HiresBatch:
-    """Return the batch of one update, its number not yet set."""
+    """Return the batch of one update, its number not yet set.
+
+    A worker's crops are stacked in shared memory at once, which ``default_collate`` does.
+    """
     return HiresBatch(
-        hires_uint8=torch.stack([sample.hires_uint8 for sample in samples]),
+        hires_uint8=default_collate([sample.hires_uint8 for sample in samples]),
         positions=torch.tensor([sample.position for sample in samples]),
         update=-1,
         replaced=tuple(what for sample in samples for what in sample.replaced),
